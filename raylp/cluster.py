@@ -1,0 +1,103 @@
+"""The Ray cluster a run uses: one that is there, or one of its own on this machine."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from raylp.errors import UserError
+
+if TYPE_CHECKING:
+    from raylp.recipe import Resources
+
+# Ray counts logical CPUs. The engines' helper actors (Serve's controller, proxy and router, Ray Data's stages) ask for
+# whole CPUs and mostly sleep; a small machine needs more logical CPUs than cores or they would wait for ever.
+MIN_LOGICAL_CPUS = 8
+OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+def cores() -> int:
+    """CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def num_gpus() -> int:
+    """GPUs torch can use here."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def worker_env() -> dict[str, str]:
+    """Environment of every Ray worker. Models are local directories by then, so nothing is fetched from a hub."""
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+    }
+    if num_gpus() == 0:
+        env["DS_ACCELERATOR"] = "cpu"
+    return env
+
+
+def start(resources: "Resources") -> None:
+    """Connects to `resources.address` or $RAY_ADDRESS, or starts a local Ray; nothing when already connected.
+
+    Raises:
+        UserError: the cluster at the address does not answer.
+    """
+    os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
+    os.environ.setdefault("RAY_health_check_failure_threshold", "20")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": worker_env()},
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "configure_logging": True,
+        "namespace": "raylp",
+    }
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}; check resources.address", 1) from error
+        return
+    ray.init(
+        num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
+        num_gpus=resources.gpus if resources.gpus is not None else num_gpus(),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        **options,
+    )
+
+
+def require(what: str, cpus: float, gpus: float = 0) -> None:
+    """Refuses work that the cluster could never place; Ray would wait for ever and say nothing.
+
+    Raises:
+        UserError: with what is asked and what is there.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    for name, wanted, key in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
+        there = total.get(key, 0)
+        if wanted > there:
+            raise UserError(
+                f"{what} needs {wanted:g} logical {name}, the Ray cluster has {there:g}: lower resources.workers, or raise "
+                f"resources.{name.lower()} (logical CPUs may exceed the cores)"
+            )
+
+
+def session_logs() -> str:
+    """The directory of Ray's own logs in this session."""
+    import ray
+
+    return os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs") if ray.is_initialized() else ""

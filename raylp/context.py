@@ -1,0 +1,53 @@
+"""What every stage of a run is given, and the names of what stages leave behind."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raylp.data.corpus import Pair
+from raylp.data.prompt import Prompt
+from raylp.progress import Reporter
+from raylp.recipe import Recipe
+from raylp.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Splits:
+    """`test` holds the test sets by name; the others are the corpora's splits joined."""
+
+    search: list[Pair] = field(default_factory=list)
+    train: list[Pair] = field(default_factory=list)
+    dev: list[Pair] = field(default_factory=list)
+    test: dict[str, list[Pair]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """`original`: the checkpoint the recipe names, as a local directory. `dtype`: of weights in memory."""
+
+    recipe: Recipe
+    rundir: RunDir
+    splits: Splits
+    prompt: Prompt
+    original: Path
+    dtype: str
+    reporter: Reporter
+
+    @property
+    def baseline(self) -> Path:
+        """The unpruned model: the original, or the adapted one when the recipe heals before pruning."""
+        heal = self.recipe.heal
+        if heal is not None and heal.when in ("before", "both"):
+            return self.rundir.local("models/adapted")
+        return self.original
+
+    def models(self) -> dict[str, Path]:
+        """The models of the run that are complete, by name, in the order of reports."""
+        found: dict[str, Path] = {"baseline": self.baseline}
+        if self.baseline != self.original:
+            found["original"] = self.original
+        names = self.rundir.names("models")
+        for kind in ("pruned-", "healed-", "baseline-healed"):
+            for name in names:
+                if name.startswith(kind) and self.rundir.complete(f"models/{name}"):
+                    found[name] = self.rundir.local(f"models/{name}")
+        return found

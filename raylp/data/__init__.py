@@ -1,0 +1,1 @@
+"""Parallel text in, prompts out, and splits that cannot leak."""

@@ -1,0 +1,111 @@
+"""How a model is asked for a translation: the same way for every model of a run, and kept beside the weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from raylp.data.corpus import Pair
+from raylp.data.languages import language_name, split_pair
+from raylp.errors import UserError
+from raylp.generate.base import Request
+
+DEFAULT_TEMPLATE = "{source_language}: {source}\n{target_language}:"
+
+
+class Bound(BaseModel):
+    """The most tokens a translation may have: `ratio` x the source's length + `extra`.
+
+    `of`: the source's `tokens`, its `words`, or `mean_words`, the mean over all sentences asked at once (the published
+    search uses 3 x mean_words + 0).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratio: float = Field(2.0, gt=0)
+    of: Literal["tokens", "words", "mean_words"] = "tokens"
+    extra: int = Field(8, ge=0)
+
+
+class Prompt(BaseModel):
+    """A resolved prompt. `template` has the fields {source}, {source_language}, {target_language}; no target.
+
+    Without `chat`, the model goes on from the template with a blank and the target, and ends with a newline; the
+    `examples` (per pair: source, target) stand before, in the same form. With `chat`, template and examples become
+    turns of the tokenizer's own chat template.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str = DEFAULT_TEMPLATE
+    examples: dict[str, list[tuple[str, str]]] = {}
+    chat: bool = False
+    bound: Bound = Bound()
+
+    def ask(self, source: str, pair: str) -> str:
+        """The template filled in."""
+        first, second = split_pair(pair)
+        try:
+            return self.template.format(
+                source=source, source_language=language_name(first), target_language=language_name(second)
+            )
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(
+                f"prompt.template: {error} is not a field; use {{source}}, {{source_language}}, {{target_language}}"
+            ) from error
+
+    def prompt_tokens(self, tokenizer: Any, source: str, pair: str) -> list[int]:
+        """Token ids of all that stands before the translation."""
+        shown = self.examples.get(pair, [])
+        if self.chat:
+            if tokenizer.chat_template is None:
+                raise UserError("prompt.chat is on, but the model's tokenizer has no chat template: set prompt.chat: false")
+            turns = []
+            for example, translation in shown:
+                turns.append({"role": "user", "content": self.ask(example, pair)})
+                turns.append({"role": "assistant", "content": translation})
+            turns.append({"role": "user", "content": self.ask(source, pair)})
+            return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+        text = "".join(self.ask(example, pair) + " " + translation + "\n" for example, translation in shown)
+        return list(tokenizer(text + self.ask(source, pair)).input_ids)
+
+    def target_tokens(self, tokenizer: Any, target: str) -> list[int]:
+        """Token ids the model should say after the prompt, the end included."""
+        if self.chat:
+            return [*tokenizer(target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        return list(tokenizer(" " + target + "\n", add_special_tokens=False).input_ids)
+
+    def requests(self, tokenizer: Any, sources: Sequence[tuple[str, str]]) -> list[Request]:
+        """One request for each (source, pair), bounded by `bound`."""
+        lengths = {
+            "tokens": lambda: [len(tokenizer(source, add_special_tokens=False).input_ids) for source, _ in sources],
+            "words": lambda: [len(source.split()) for source, _ in sources],
+            "mean_words": lambda: [_mean([len(source.split()) for source, _ in sources])] * len(sources),
+        }[self.bound.of]()
+        return [
+            Request(
+                tuple(self.prompt_tokens(tokenizer, source, pair)),
+                max(1, math.ceil(self.bound.ratio * length) + self.bound.extra),
+            )
+            for (source, pair), length in zip(sources, lengths, strict=True)
+        ]
+
+    @property
+    def newline(self) -> bool:
+        """Whether a newline ends a translation."""
+        return not self.chat
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def choose_examples(train: Sequence[Pair], count: int) -> dict[str, list[tuple[str, str]]]:
+    """The first `count` training pairs of every language pair: what the prompt shows is known and can be chosen."""
+    chosen: dict[str, list[tuple[str, str]]] = {}
+    for example in train:
+        shown = chosen.setdefault(example.pair, [])
+        if len(shown) < count:
+            shown.append((example.source, example.target))
+    return chosen if count else {}

@@ -1,0 +1,1 @@
+"""Teacher translations of the training text."""

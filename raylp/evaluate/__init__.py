@@ -1,0 +1,1 @@
+"""Translate the test sets with every model of a run, score, compare."""

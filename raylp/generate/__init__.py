@@ -1,0 +1,1 @@
+"""Greedy generation: one interface, a transformers backend and a vLLM backend that give the same tokens."""

@@ -1,0 +1,95 @@
+"""What every backend takes and gives, and the rules for where a translation ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+LOOP_REPEATS = 4
+LOOP_SPAN = 12
+LOOP_PERIOD = 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """`tokens`: the prompt; `max_new_tokens`: how many may follow."""
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """`text` without prompt, stop and surrounding blanks, on one line; `tokens` as generated, the stop included.
+
+    `finish`: `stop` (a newline or the end token), `length` (the bound was met) or `loop` (it repeated itself).
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+
+
+class Generator(Protocol):
+    """A resident model that translates with any of its layers left out.
+
+    `backend`: `transformers` or `vllm`; `dtype`: of weights and activations. Both are part of every score's key.
+    """
+
+    backend: str
+    dtype: str
+
+    def generate(self, requests: Sequence[Request], removed: Sequence[int] = ()) -> list[Output]:
+        """Greedy continuations, one for each request and in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """Ends a translation at any of the tokens `stop` and where it has begun to repeat itself."""
+
+    stop: frozenset[int]
+
+    def finished(self, tokens: Sequence[int]) -> str | None:
+        """`stop` or `loop` if the tokens so far are all there will be, else None. Looks at the last token only."""
+        if tokens and tokens[-1] in self.stop:
+            return "stop"
+        return "loop" if loops(tokens) else None
+
+    def cut(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        """The tokens up to where the rule ends them, and why; `length` if it does not."""
+        for end in range(1, len(tokens) + 1):
+            if reason := self.finished(tokens[:end]):
+                return tuple(tokens[:end]), reason
+        return tuple(tokens), "length"
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the end is a block of at most 12 tokens said at least 4 times over, 12 tokens or more together."""
+    for period in range(1, LOOP_PERIOD + 1):
+        span = max(LOOP_SPAN, period * LOOP_REPEATS)
+        if len(tokens) < span:
+            continue
+        tail = tokens[-span:]
+        if all(tail[i] == tail[i - period] for i in range(period, span)):
+            return True
+    return False
+
+
+def stop_rule(tokenizer: Any, config: Any, newline: bool = True) -> StopRule:
+    """End-of-text tokens of tokenizer and model and, with `newline`, every token that holds a newline."""
+    stop: set[int] = {tokenizer.eos_token_id} - {None}
+    ends = getattr(config, "eos_token_id", None)
+    stop |= set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+    if newline:
+        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        marks = ("\n", "Ċ", "<0x0A>")  # as is, in byte-level vocabularies, in SentencePiece's byte fallback
+        maybe = [i for i, piece in enumerate(pieces) if piece and any(mark in piece for mark in marks)]
+        stop |= {i for i in maybe if "\n" in tokenizer.decode([i])}
+    return StopRule(frozenset(stop))
+
+
+def to_output(tokenizer: Any, tokens: tuple[int, ...], finish: str, newline: bool = True) -> Output:
+    """Text of the tokens: the first line, or with `newline` off all lines joined to one."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    line = text.split("\n", 1)[0] if newline else " ".join(text.split())
+    return Output(" ".join(line.split()), tokens, finish)

@@ -1,0 +1,1 @@
+"""Training that brings a pruned model back."""

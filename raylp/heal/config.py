@@ -1,0 +1,39 @@
+"""The `heal` section of a recipe."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from raylp.config import Section
+
+
+class Lora(Section):
+    """Low-rank adapters on every linear layer of the decoder."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Heal(Section):
+    """`when`: `after` pruning, `before` it (adapts the baseline), or `both`. `data`: what to learn from.
+
+    `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its peak.
+    """
+
+    when: Literal["after", "before", "both"] = "after"
+    method: Literal["lora", "full"] = "lora"
+    data: Literal["authentic", "teacher", "both"] = "both"
+    lora: Lora = Lora()
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    workers: int = Field(1, ge=1)
+    checkpoint_every: int = Field(10, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0

@@ -1,0 +1,1 @@
+"""Metrics with additive statistics, and confidence intervals over sentences."""

@@ -1,0 +1,87 @@
+"""A checkpoint directory into memory, without running anybody's code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raylp.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def read_config(path: Path) -> Any:
+    """The configuration of the checkpoint in `path`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"model {path}: transformers cannot read its config.json: {error}") from error
+
+
+def stored_dtype(path: Path) -> str:
+    """The data type most of the weights in `path` are stored in, counted in bytes."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    sizes: dict[str, int] = {}
+    for file in path.glob("*.safetensors"):
+        for tensor in safetensors_header(file).values():
+            start, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - start
+    if not sizes:
+        raise UserError(f"model {path}: no tensors in its *.safetensors")
+    largest = max(sizes, key=lambda name: sizes[name])
+    return names.get(largest, "bfloat16")
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Name, shape, dtype and place of every tensor in a safetensors file, read from its first bytes only."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header
+
+
+def model_class(path: Path) -> Any:
+    """The transformers class named by the checkpoint, checked to be one that generates text from a decoder alone."""
+    import transformers
+
+    config = read_config(path)
+    names = config.architectures or []
+    known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if names and not known:
+        raise UserError(f"model {path}: this transformers does not know the architecture {names[0]}")
+    if not known:
+        raise UserError(f"model {path}: its config.json names no architecture")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"model {path}: {names[0]} is an encoder-decoder model, which raylp cannot prune yet")
+    if not known[0].can_generate():
+        raise UserError(f"model {path}: {names[0]} has no decoder stack that generates text")
+    return known[0]
+
+
+def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The model in evaluation mode on `device`.
+
+    On the CPU, with `dtype` the stored one, the weights stay a memory map of the file: processes on one machine share
+    their pages as long as nobody writes to them.
+    """
+    import torch
+
+    model = model_class(path).from_pretrained(
+        path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer beside the weights, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"model {path}: its tokenizer cannot be read: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

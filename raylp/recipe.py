@@ -1,0 +1,244 @@
+"""A recipe: one YAML file that says what a run is. Read whole and checked whole before anything starts."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from raylp.bench.config import Bench
+from raylp.config import Section
+from raylp.data.prompt import DEFAULT_TEMPLATE, Bound
+from raylp.distill.config import Distill
+from raylp.errors import UserError
+from raylp.evaluate.config import Evaluate
+from raylp.heal.config import Heal
+from raylp.search.config import Search
+from raylp.serve.config import Serve
+
+# A run directory goes on when these change; every other change makes it another run.
+FREE_SECTIONS = ("resources", "serve", "bench", "cache", "run_dir")
+
+File = str | list[str]
+
+
+class Model(Section):
+    """`name`: a directory, a hub id, or `package:NAME`; `dtype`: of weights in memory (auto: float32 on a CPU)."""
+
+    name: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class Cut(Section):
+    """Sizes of the splits that are cut from one source; the rest is train."""
+
+    search: int = Field(100, ge=0)
+    dev: int = Field(100, ge=0)
+    test: int = Field(300, ge=0)
+    train: int | None = Field(None, ge=0)
+
+
+class Limits(Section):
+    """The first so many sentences of a split are used."""
+
+    search: int | None = Field(None, ge=1)
+    train: int | None = Field(None, ge=1)
+    dev: int | None = Field(None, ge=1)
+    test: int | None = Field(None, ge=1)
+
+
+class Corpus(Section):
+    """One source of parallel text: a file for each split, or `path` with `cut`.
+
+    `pair` is what follows the last `:` of the corpus's name, unless it is given. A file is .jsonl, .tsv, or a list of
+    two text files, source and target; relative paths start at the recipe.
+    """
+
+    pair: str | None = None
+    search: File | None = None
+    train: File | None = None
+    dev: File | None = None
+    test: File | None = None
+    path: File | None = None
+    cut: Cut | None = None
+    limit: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _files_or_cut(self) -> "Corpus":
+        files = [self.search, self.train, self.dev, self.test]
+        if (self.path is None) != (self.cut is None):
+            raise ValueError("path and cut belong together: cut says how many pairs each split takes from path")
+        if self.path is not None and any(files):
+            raise ValueError("give either one file for each split or path with cut, not both")
+        if self.path is None and not any(files):
+            raise ValueError("no files: name search, train, dev, test, or path with cut")
+        return self
+
+
+class PromptSection(Section):
+    """`examples`: how many training pairs the prompt shows. The rest as in `raylp.data.prompt.Prompt`."""
+
+    template: str = DEFAULT_TEMPLATE
+    examples: int = Field(0, ge=0)
+    chat: bool = False
+    bound: Bound = Bound()
+
+
+class Resources(Section):
+    """`workers`: resident models at a time in search and evaluate (auto: one a GPU; on a CPU one for each core, up to 4).
+
+    `address`: of a Ray cluster (default: $RAY_ADDRESS, else a Ray of its own on this machine).
+    `cpus`: logical CPUs of such a Ray of its own; they may exceed the cores.
+    """
+
+    workers: int | Literal["auto"] = "auto"
+    address: str | None = None
+    cpus: int | None = Field(None, ge=1)
+    gpus: int | None = Field(None, ge=0)
+
+
+class Recipe(Section):
+    """The whole of it. A section that is missing is a stage that is not run."""
+
+    model: Model
+    data: dict[str, Corpus] = Field(min_length=1)
+    prompt: PromptSection = PromptSection()
+    search: Search | None = None
+    distill: Distill | None = None
+    heal: Heal | None = None
+    evaluate: Evaluate | None = None
+    serve: Serve = Serve()
+    bench: Bench | None = None
+    resources: Resources = Resources()
+    cache: str | None = None
+    run_dir: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("model"), str):
+            value = {**value, "model": {"name": value["model"]}}
+        if isinstance(value, dict):
+            value = {**value, **{stage: {} for stage in _EMPTY_STAGES if stage in value and value[stage] is None}}
+        return value
+
+
+_EMPTY_STAGES = ("distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads `path`, applies `a.b=c` overrides (values as in YAML), checks everything.
+
+    Raises:
+        UserError: with the key, what is wrong with it, and the nearest name where a name is not known.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"recipe {file} is not there")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {file} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {file}: a mapping of sections is wanted, such as 'model: ...'")
+    for override in overrides:
+        _override(content, override)
+    return parse_recipe(content, str(file), file.parent)
+
+
+def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | None = None) -> Recipe:
+    """Checks a recipe given as a mapping; relative data files start at `base`."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{name}: {'; '.join(_explain(content, item) for item in error.errors())}") from error
+    if base is None:
+        return recipe
+    data = {key: _anchor(corpus, base) for key, corpus in recipe.data.items()}
+    model = recipe.model
+    if model.name.startswith("."):
+        model = model.model_copy(update={"name": str((base / model.name).resolve())})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, defaults included, in the order of its sections."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """Keys outside the free sections whose values differ: (key, old, new)."""
+    before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
+    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_SECTIONS]
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one of dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _anchor(corpus: Corpus, base: Path) -> Corpus:
+    def absolute(file: File | None) -> File | None:
+        if file is None:
+            return None
+        if isinstance(file, list):
+            return [str((base / part).resolve()) for part in file]
+        return str((base / file).resolve())
+
+    return corpus.model_copy(update={key: absolute(getattr(corpus, key)) for key in ("search", "train", "dev", "test", "path")})
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: write key=value, such as search.remove=3")
+    *path, last = key.split(".")
+    place = content
+    for part in path:
+        inner = place.get(part)
+        if isinstance(inner, str) and part == "model":
+            inner = {"name": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {part} is a value, not a section")
+        place[part] = inner
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML") from error
+
+
+def _explain(content: dict[str, Any], item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {place!r}; {hint}"
+    if item["type"] == "missing":
+        return f"{place!r} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f" (it is {given!r})" if not isinstance(given, (dict, list)) else ""
+    return f"{place or 'recipe'}: {message}{shown}"
+
+
+def _known_keys(path: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at `path`, found by walking the types of the models."""
+    model: Any = Recipe
+    for part in path:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        annotation = field.annotation if field else model
+        choices = [annotation, *get_args(annotation)]
+        model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -1,0 +1,1 @@
+"""Tables, plots and one page that shows them."""

@@ -1,0 +1,1 @@
+"""Find the layers a task can do without."""

@@ -1,0 +1,1 @@
+"""The endpoint: Ray Serve with vLLM."""
