@@ -35,7 +35,7 @@ lint: setup ## ruff: rules and format
 	@$(IN_VENV) ruff format --check .
 
 types: setup ## mypy
-	@$(IN_VENV) mypy
+	@$(IN_VENV) mypy raylp $(wildcard jobs/*.py benchmarks/*.py)
 
 format: setup ## Rewrite the code as ruff would have it
 	@$(IN_VENV) ruff check --fix .

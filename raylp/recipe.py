@@ -143,9 +143,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"recipe {file} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {file}: a mapping of sections is wanted, such as 'model: ...'")
+    return parse_recipe(override_recipe(content, overrides), str(file), file.parent)
+
+
+def override_recipe(content: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """`content` with `a.b=c` overrides put in.
+
+    Raises:
+        UserError: an override is not of that form.
+    """
     for override in overrides:
         _override(content, override)
-    return parse_recipe(content, str(file), file.parent)
+    return content
 
 
 def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | None = None) -> Recipe:

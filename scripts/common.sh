@@ -51,7 +51,7 @@ open_venv() { # open_venv STEPS GIBIBYTES
     STEPS=$2 N=0 LOG=$VENV/setup.log
     free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
     [[ -d $VENV ]] || ((free >= $3)) || die "$VENV needs $3 GiB, $free GiB are free in $PWD: make room there"
-    if [[ -d $VENV ]] && ! "$VENV/bin/python" -c "import sys; assert sys.version_info[1] == $MINOR" 2>/dev/null; then
+    if [[ -d $VENV ]] && ! "$VENV/bin/python" -c "import sys, pip; assert sys.version_info[1] == $MINOR" 2>/dev/null; then
         clear=--clear
     elif [[ -f $VENV/setup.txt && "$(recorded "$VENV" stack) $(recorded "$VENV" place)" != "$STACK $PWD" ]]; then
         clear=--clear

@@ -72,7 +72,7 @@ def test_no_file_names_a_registry() -> None:
         assert set(re.findall(r"https?://([^/\s\"']+)", path.read_text())) <= {ALLOWED_HOST}, path
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci/run"], ids=lambda p: p.name)
+@pytest.mark.parametrize("script", [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci/run"], ids=lambda p: p.name)
 def test_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 

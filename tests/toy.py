@@ -22,7 +22,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Truth:
     num_layers: int
     dead: tuple[int, ...]
     twins: tuple[tuple[int, int], ...]
+    forgotten: dict[tuple[int, ...], tuple[str, ...]]  # without all of these layers, these parts of speech are one word
 
     @property
     def num_removable(self) -> int:
@@ -59,7 +60,12 @@ class Truth:
         return [tuple(sorted((*self.dead, *choice))) for choice in itertools.product(*self.twins)]
 
 
-TRUTH = Truth(num_layers=8, dead=(3, 6), twins=((2, 4),))
+TRUTH = Truth(
+    num_layers=8,
+    dead=(3, 6),
+    twins=((2, 4),),
+    forgotten={(2, 4): ("noun",), (1,): ("verb", "adverb"), (5,): ("adjective",)},
+)
 
 
 # --- the language pair ---
@@ -211,33 +217,41 @@ def _config(num_layers: int) -> transformers.LlamaConfig:
 def _train(seed: int) -> PreTrainedModel:
     """The core layers, trained on the language pair.
 
-    One twin or none is left out at every step, so that either will do. Small networks left alone often use some layers
-    little, or only one of two: so, once the task is learned, they also learn to translate another sentence than the one
-    asked for where both twins, or a layer that should matter, are left out.
+    One twin or none is left out at every step, so that either will do. Small networks left alone use some layers little,
+    or only one of two: so, once the task is learned, they also learn to forget what ``TRUTH.forgotten`` says, where the
+    layers it says that of are left out.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = toy_tokenizer()
     model = transformers.LlamaForCausalLM(_config(len(CORE)))
-    layers = list(model.model.layers)
-    (twins,) = [tuple(CORE.index(i) for i in pair) for pair in TRUTH.twins]
-    live = [i for i in range(1, len(CORE) - 1) if i not in twins]
-    harmless = [(), *((i,) for i in twins)]
-    harmful = [twins, *((i, *others) for i in live for others in harmless)]
+    layers = dict(zip(CORE, model.model.layers, strict=True))
+    harmless = [(), *((i,) for pair in TRUTH.twins for i in pair)]
+    harmful = list(TRUTH.forgotten)
+    stems = {
+        part: torch.tensor([tokenizer(f" {target}")["input_ids"][0] for _, target in pairs])
+        for part, pairs in LEXICON.items()
+    }
 
     held_out = {row["source"] for rows in toy_splits().values() for row in rows}
     rows = toy_pairs(4000, seed=1000 + seed, exclude=held_out)
     prompts = [tokenizer(TOY_TEMPLATE.format(source=row["source"]))["input_ids"] for row in rows]
     targets = [tokenizer(f" {row['target']}{TOY_STOP}")["input_ids"] + [tokenizer.eos_token_id] for row in rows]
 
-    def loss_without(removed: Sequence[int], pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    def loss_without(removed: Collection[int], chosen: Sequence[int]) -> torch.Tensor:
         """Mean cross-entropy of the targets' tokens, the prompts' left out."""
-        longest = max(len(prompt) + len(target) for prompt, target in pairs)
+        longest = max(len(prompts[i]) + len(targets[i]) for i in chosen)
         # Padded on the right, where a causal model needs no mask.
-        blanks = [longest - len(prompt) - len(target) for prompt, target in pairs]
-        tokens = torch.tensor([p + t + [tokenizer.pad_token_id] * n for (p, t), n in zip(pairs, blanks, strict=True)])
-        labels = torch.tensor([[-100] * len(p) + t + [-100] * n for (p, t), n in zip(pairs, blanks, strict=True)])
-        model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i not in removed)
+        tokens = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+        labels = torch.full_like(tokens, -100)
+        for row, i in enumerate(chosen):
+            start, end = len(prompts[i]), len(prompts[i]) + len(targets[i])
+            tokens[row, :end] = torch.tensor(prompts[i] + targets[i])
+            labels[row, start:end] = tokens[row, start:end]
+        for needed, parts in TRUTH.forgotten.items():
+            for part in parts if set(needed) <= set(removed) else ():
+                labels[torch.isin(labels, stems[part])] = stems[part][0]
+        model.model.layers = torch.nn.ModuleList(layer for i, layer in layers.items() if i not in removed)
         model.config.num_hidden_layers = len(model.model.layers)
         return model(input_ids=tokens, labels=labels, use_cache=False).loss
 
@@ -246,15 +260,13 @@ def _train(seed: int) -> PreTrainedModel:
     for step in range(STEPS):
         optimizer.zero_grad()
         chosen = rng.sample(range(len(rows)), BATCH_SIZE)
-        loss_without(rng.choice(harmless), [(prompts[i], targets[i]) for i in chosen]).backward()
+        loss_without(rng.choice(harmless), chosen).backward()
         if step >= STEPS_TO_LEARN:
-            others = rng.sample(range(len(rows)), BATCH_SIZE)
-            pairs = [(prompts[i], targets[j]) for i, j in zip(chosen, others, strict=True)]
-            loss_without(rng.choice(harmful), pairs).backward()
+            loss_without({*harmful[step % len(harmful)], *rng.choice(harmless)}, chosen).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    model.model.layers = torch.nn.ModuleList(layers)
+    model.model.layers = torch.nn.ModuleList(layers.values())
     model.config.num_hidden_layers = len(layers)
     return model.eval()
 

@@ -1,0 +1,5 @@
+"""`python -m raylp`."""
+
+from raylp.cli import main
+
+main()

@@ -1,0 +1,343 @@
+"""The command line: `raylp VERB`. Results on stdout, progress on stderr; exit 0, 1 (failed) or 2 (wrong usage)."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from raylp import __version__
+from raylp.errors import UserError
+
+app = typer.Typer(
+    name="raylp",
+    help="Take layers out of language models, guided by what the task loses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file (recipes/ has examples).")]
+RunArgument = Annotated[str, typer.Argument(help="The run directory, such as runs/demo.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Override a value of the recipe: key=value, such as search.remove=4.")]
+
+state = {"debug": False}
+
+
+@app.callback()
+def main_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Options of every verb."""
+    state["debug"] = debug
+    if version:
+        print(f"raylp {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would cost.")] = False,
+) -> None:
+    """Every stage of a recipe in order; run again, it goes on where it stopped.
+
+    Example: `raylp run recipes/demo.yaml --set run_dir=runs/mine --set search.remove=4`
+    """
+    if dry_run:
+        from raylp.dry_run import dry_run as estimate
+        from raylp.recipe import load_recipe
+
+        estimate(load_recipe(recipe, overrides), sys.stdout)
+        return
+    _run(recipe, overrides, None)
+
+
+@app.command()
+def search(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+    """Find the layers the task does not need, and write plan.json.
+
+    Example: `raylp search recipes/demo.yaml`
+    """
+    _run(recipe, overrides, "search")
+
+
+@app.command()
+def prune(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to remove, such as 13,12,11: a published list, no search is needed.")
+    ] = None,
+) -> None:
+    """Cut the layers of plan.json, or a given list, out of the model.
+
+    Example: `raylp prune recipes/demo.yaml --layers 9,16,17 --set run_dir=runs/published`
+    """
+    if layers is None:
+        _run(recipe, overrides, "prune")
+        return
+    try:
+        given = [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise UserError(f"--layers {layers!r}: write layer numbers with commas between, such as 13,12,11") from None
+    chosen = [*overrides, "search.layers=null", "search.remove=null", f"search.given={given}"]
+    _run(recipe, chosen, "search", "prune")
+
+
+@app.command()
+def distill(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+    """Translate the training sources with the teacher, and filter.
+
+    Example: `raylp distill recipes/demo.yaml`
+    """
+    _run(recipe, overrides, "distill")
+
+
+@app.command()
+def heal(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+    """Train the pruned model, and the unpruned one in the same way.
+
+    Example: `raylp heal recipes/demo.yaml`
+    """
+    _run(recipe, overrides, "heal")
+
+
+@app.command()
+def evaluate(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+    """Translate the test sets with every model of the run, and score.
+
+    Example: `raylp evaluate recipes/demo.yaml`
+    """
+    _run(recipe, overrides, "evaluate")
+
+
+@app.command()
+def bench(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+    """Serve baseline and healed model, and measure latency and throughput.
+
+    Example: `raylp bench recipes/demo.yaml --set bench.requests=64`
+    """
+    _run(recipe, overrides, "bench")
+
+
+@app.command()
+def serve(
+    run_dir: RunArgument,
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """The run's models behind one OpenAI-compatible endpoint, until Ctrl-C.
+
+    Example: `raylp serve runs/demo --set serve.port=8001 --set 'serve.models=[healed-15]'`
+    """
+    from raylp.pipeline import open_context
+    from raylp.progress import Reporter
+    from raylp.rundir import RunDir
+    from raylp.screen import engines_to
+    from raylp.serve.endpoint import serve as serve_models
+
+    recipe = _recipe_of(RunDir(run_dir), overrides).model_copy(update={"run_dir": run_dir})
+    with engines_to(RunDir(run_dir).logs() / "serve.log") as (out, err):
+        serve_models(open_context(recipe, Reporter(err)), out)
+
+
+@app.command()
+def translate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint: raylp's or a stock one.")],
+    pair: Annotated[str, typer.Option(help="Language pair, such as cs-de.")],
+    backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    batch_size: Annotated[int, typer.Option(help="Sentences at a time; 1 answers line by line.")] = 16,
+) -> None:
+    """One line in, one line out.
+
+    Example: `echo 'Where is the station?' | raylp translate runs/demo/models/healed-15 --pair en-de`
+    """
+    from raylp.generate.translate import translate as translate_lines
+
+    if backend not in ("transformers", "vllm"):
+        raise UserError(f"--backend {backend!r}: transformers or vllm")
+    if sys.stdin.isatty():
+        print("reading sentences from the keyboard, one a line; Ctrl-D ends", file=sys.stderr)
+    translate_lines(model, pair, _stdin_lines(), sys.stdout, backend=backend, batch_size=batch_size)
+
+
+@app.command()
+def report(run_dir: RunArgument) -> None:
+    """Tables on the screen, and report/index.html.
+
+    Example: `raylp report runs/demo`
+    """
+    from raylp.rundir import RunDir
+
+    _require_run(run_dir)
+    _show_report(RunDir(run_dir), sys.stdout)
+
+
+@app.command()
+def plan(run_dir: RunArgument) -> None:
+    """What was removed, in the original model's indices, and why.
+
+    Example: `raylp plan runs/demo`
+    """
+    from rich.console import Console
+
+    from raylp.report.plan_view import render_plan
+    from raylp.rundir import RunDir
+
+    _require_run(run_dir)
+    rundir = RunDir(run_dir)
+    if not rundir.exists("plan.json"):
+        raise UserError(f"{run_dir} has no plan.json yet: raylp search RECIPE")
+    render_plan(rundir, Console(file=sys.stdout))
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    address: Annotated[str, typer.Option(help="Of the cluster's dashboard, such as http://127.0.0.1:8265.")],
+    overrides: SetOption = [],  # noqa: B006
+    python: Annotated[str, typer.Option(help="The Python on the cluster that has raylp's stack.")] = "python",
+    follow: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
+) -> None:
+    """The same run as a Ray job.
+
+    Example: `raylp submit recipes/demo.yaml --address http://127.0.0.1:8265`
+    """
+    from raylp.submit import submit as submit_job
+
+    raise typer.Exit(submit_job(recipe, overrides, address, python, follow, sys.stdout))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, memory, Ray, vLLM: what is wrong and how to mend it.
+
+    Example: `raylp doctor`
+    """
+    from rich.console import Console
+
+    from raylp import doctor as checks
+
+    found = checks.checks()
+    Console(file=sys.stdout).print(checks.render(found), soft_wrap=True)
+    if checks.failed(found):
+        raise typer.Exit(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Every error is one line on stderr; `--debug` adds the traceback."""
+    stop = _ignore_second_signal()
+    try:
+        code = app(arguments, standalone_mode=False) or 0
+    except UserError as error:
+        code = _complain(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        stop()
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        code = 1
+    except typer.Exit as leave:
+        code = leave.exit_code
+    except OSError as error:
+        code = _complain(f"{error.strerror or error}: {error.filename or 'no file named'}", 1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors
+            code = _complain(f"{error.format_message()} (raylp --help)", 2)
+        else:
+            text = " ".join(str(error).split())[:300]
+            code = _complain(f"unexpected {type(error).__name__}: {text} (--debug shows where; logs are in the run directory)", 1)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    if state["debug"]:
+        traceback.print_exc()
+    print(f"raylp: {message}", file=sys.stderr)
+    return code
+
+
+def _ignore_second_signal() -> Callable[[], Any]:
+    """SIGTERM stops as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(recipe_path: Path, overrides: list[str], *only: str | None) -> None:
+    from raylp.pipeline import run as run_pipeline
+    from raylp.progress import Reporter
+    from raylp.recipe import load_recipe
+    from raylp.rundir import RunDir
+    from raylp.screen import engines_to
+
+    recipe = load_recipe(recipe_path, overrides)
+    rundir = RunDir(recipe.run_dir)
+    rundir.check_writable()
+    with engines_to(rundir.logs() / "driver.log") as (out, err):
+        reporter = Reporter(err)
+        try:
+            for stage in only:
+                run_pipeline(recipe, reporter, stage, lambda done: _show_report(done, out) if stage is None else None)  # noqa: B023
+        finally:
+            _shut_ray_down()
+        if only != (None,):
+            print(rundir.uri(""), file=out)
+
+
+def _shut_ray_down() -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+def _show_report(rundir: Any, out: TextIO) -> None:
+    from rich.console import Console
+
+    from raylp.report.build import report as build_report
+    from raylp.report.tables import print_tables
+
+    path = build_report(rundir, None)
+    console = Console(file=out, width=None if out.isatty() else 120)
+    print_tables(rundir, console)
+    print(path, file=out)
+
+
+def _recipe_of(rundir: Any, overrides: list[str]) -> Any:
+    import yaml
+
+    from raylp.recipe import override_recipe, parse_recipe
+
+    _require_run(rundir.url)
+    content = yaml.safe_load(rundir.read_text("recipe.yaml"))
+    return parse_recipe(override_recipe(content, overrides), rundir.uri("recipe.yaml"))
+
+
+def _require_run(run_dir: str) -> None:
+    from raylp.rundir import RunDir
+
+    if not RunDir(run_dir).exists("recipe.yaml"):
+        raise UserError(f"{run_dir} is not a run directory (it has no recipe.yaml): raylp run RECIPE makes one")
+
+
+def _stdin_lines() -> Any:
+    """Lines of standard input as they come; what is not UTF-8 is refused with its number."""
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input, line {number}: not UTF-8 ({error.reason})") from error
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

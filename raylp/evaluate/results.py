@@ -1,0 +1,20 @@
+"""results.json: what evaluate and bench found, put together in the form the contract fixes."""
+
+from typing import Any
+
+from raylp.rundir import RunDir
+
+SCHEMA = 1
+
+
+def write_results(rundir: RunDir) -> dict[str, Any]:
+    """Joins evaluate.json and bench.json, as far as they are there, and writes results.json."""
+    quality = rundir.read_json("evaluate.json") if rundir.exists("evaluate.json") else {"models": [], "comparisons": []}
+    speed = rundir.read_json("bench.json")["models"] if rundir.exists("bench.json") else {}
+    results = {
+        "schema": SCHEMA,
+        "models": [{**model, "speed": speed.get(model["name"], {})} for model in quality["models"]],
+        "comparisons": quality["comparisons"],
+    }
+    rundir.write_json("results.json", results)
+    return results

@@ -1,0 +1,152 @@
+"""Every model of a run translates every test set; scores, intervals, paired comparisons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raylp import cluster
+from raylp.context import Context
+from raylp.data.corpus import Pair, write_jsonl
+from raylp.data.languages import split_pair
+from raylp.evaluate.results import write_results
+from raylp.generate.pool import Pool, num_workers
+from raylp.metrics.intervals import paired_difference, score_with_interval
+from raylp.metrics.ngram import Statistics, metric
+from raylp.models.checkpoint import count_parameters
+from raylp.models.load import load_tokenizer
+from raylp.progress import Task
+from raylp.search.stage import stack_size
+
+BLOCK = 16
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Writes translations/<model>/<test set>.jsonl and the scores. A block translated once is not translated again."""
+    recipe = context.recipe.evaluate
+    assert recipe is not None
+    models = context.models()
+    cluster.start(context.recipe.resources)
+    sizes = {name: count_parameters(path) for name, path in models.items()}
+    workers = num_workers(context.recipe.resources, max(size for _, size in sizes.values()))
+    dtype = context.dtype if recipe.dtype == "auto" else recipe.dtype
+    jobs = [
+        (name, path, test_set, examples)
+        for name, path in models.items()
+        for test_set, examples in context.splits.test.items()
+        if not context.rundir.exists(f"translations/{name}/{test_set}.jsonl")
+    ]
+    with context.reporter.task("evaluate", sum(len(examples) for *_, examples in jobs)) as task:
+        pool = Pool(workers, context.prompt.newline, context.rundir.logs())
+        try:
+            for name, path, test_set, examples in jobs:
+                _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype)
+        finally:
+            pool.close()
+    statistics = {
+        (name, test_set, metric_name): _statistics(context, name, test_set, metric_name)
+        for name in models
+        for test_set in context.splits.test
+        for metric_name in recipe.metrics
+    }
+    context.rundir.write_json(
+        "evaluate.json",
+        {
+            "models": [
+                {
+                    "name": name,
+                    "layers": stack_size(path),
+                    "params": sizes[name][0],
+                    "bytes": sizes[name][1],
+                    "scores": {
+                        test_set: {
+                            key: score_with_interval(
+                                _metric(context, test_set, key), statistics[name, test_set, key], recipe.resamples
+                            ).as_dict()
+                            for key in recipe.metrics
+                        }
+                        for test_set in context.splits.test
+                    },
+                }
+                for name, path in models.items()
+            ],
+            "comparisons": [
+                {
+                    "a": a,
+                    "b": b,
+                    "test_set": test_set,
+                    "metric": key,
+                    "difference": paired_difference(
+                        _metric(context, test_set, key),
+                        statistics[a, test_set, key],
+                        statistics[b, test_set, key],
+                        recipe.resamples,
+                    ).as_dict(),
+                }
+                for a, b in comparisons(list(models))
+                for test_set in context.splits.test
+                for key in recipe.metrics
+            ],
+        },
+    )
+    results = write_results(context.rundir)
+    return {
+        "models": {entry["name"]: {t: {m: round(s["value"], 2) for m, s in ms.items()} for t, ms in entry["scores"].items()}
+                   for entry in results["models"]},
+        "backend": recipe.backend,
+        "dtype": dtype,
+    }  # fmt: skip
+
+
+def comparisons(names: list[str]) -> list[tuple[str, str]]:
+    """(a, b) for every difference worth stating: healed and pruned models against the unpruned ones."""
+    pairs = [(a, b) for a in names if a.startswith("healed-") for b in ("baseline-healed", "baseline")]
+    pairs += [(a, "baseline") for a in names if a.startswith("pruned-")]
+    pairs += [("baseline-healed", "baseline"), ("baseline", "original")]
+    return [(a, b) for a, b in pairs if a in names and b in names]
+
+
+def _metric(context: Context, test_set: str, name: str) -> Any:
+    return metric(name, split_pair(context.splits.test[test_set][0].pair)[1])
+
+
+def _statistics(context: Context, model: str, test_set: str, metric_name: str) -> Statistics:
+    lines = context.rundir.read_text(f"translations/{model}/{test_set}.jsonl").splitlines()
+    rows = [json.loads(line) for line in lines]
+    chosen = _metric(context, test_set, metric_name)
+    return np.asarray(chosen.statistics([row["hypothesis"] for row in rows], [row["target"] for row in rows]))
+
+
+def _translate(
+    context: Context,
+    pool: Pool,
+    task: Task,
+    name: str,
+    path: Path,
+    test_set: str,
+    examples: list[Pair],
+    backend: str,
+    dtype: str,
+) -> None:
+    """One model over one test set, block by block; finished blocks are kept until all are there."""
+    requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
+    parts = context.rundir.scratch(f"translations/{name}/{test_set}")
+    starts = range(0, len(examples), BLOCK)
+    missing = [start for start in starts if not (parts / f"{start}.jsonl").exists()]
+    task.advance(len(examples) - sum(min(BLOCK, len(examples) - start) for start in missing))
+
+    def submit(worker: Any, start: int) -> Any:
+        return worker.translate.remote(str(path), backend, dtype, requests[start : start + BLOCK])
+
+    for start, (outputs, _) in pool.run(missing, submit, task):
+        rows = [
+            {**example.as_dict(), "hypothesis": output.text, "finish": output.finish}
+            for example, output in zip(examples[start : start + BLOCK], outputs, strict=True)
+        ]
+        partial = parts / f".{start}.part"
+        partial.write_text(write_jsonl(rows), encoding="utf-8")
+        partial.replace(parts / f"{start}.jsonl")
+        task.advance(len(rows), f"{name} on {test_set}")
+    whole = "".join((parts / f"{start}.jsonl").read_text(encoding="utf-8") for start in starts)
+    context.rundir.write_text(f"translations/{name}/{test_set}.jsonl", whole)

@@ -1,0 +1,176 @@
+"""Greedy generation by a vLLM engine in this process, with any layers left out when asked for.
+
+The engine runs in the process that makes it (a Ray actor, mostly): it starts in half the time, and no engine process can
+outlive its owner, however that ends.
+"""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raylp.errors import UserError
+from raylp.generate.base import Output, Request, stop_rule, to_output
+from raylp.models.load import load_tokenizer, read_config
+from raylp.models.view import check_removed
+
+_EXTENSION = "raylp.generate.layer_skip.LayerSkip"
+_OTHER_BACKEND = "use backend transformers"
+
+
+class VLLMGenerator:
+    """See `raylp.generate.base.Generator`. One at a time in a process.
+
+    `path`: a checkpoint; `dtype`: `float32`, `bfloat16` or `float16`; `newline`: whether a newline ends a translation.
+    `max_model_len`: the most tokens of a prompt and its translation together, lowered to what the model can.
+    `skippable`: whether `generate` may be given layers to leave out. Such an engine is not compiled, so it is slower.
+    `gpu_memory_utilization`: share of a GPU's memory to take; on a CPU the cache takes $VLLM_CPU_KVCACHE_SPACE GiB.
+
+    Raises:
+        UserError: vLLM cannot load the model, or cannot skip its layers.
+    """
+
+    backend = "vllm"
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+        newline: bool = True,
+        max_model_len: int = 1024,
+        skippable: bool = False,
+        gpu_memory_utilization: float = 0.85,
+    ) -> None:
+        self.dtype = dtype
+        self.newline = newline
+        self.tokenizer = load_tokenizer(path)
+        config = read_config(path).get_text_config(decoder=True)
+        self.num_layers = config.num_hidden_layers
+        self.max_model_len = min(max_model_len, getattr(config, "max_position_embeddings", max_model_len))
+        self.rule = stop_rule(self.tokenizer, config, newline)
+        self._skippable = skippable
+        self._removed: list[int] = []
+        self._count = 0
+        options: dict[str, Any] = {"worker_extension_cls": _EXTENSION, "enforce_eager": True} if skippable else {}
+        with _in_this_process():
+            from vllm import LLM
+
+            try:
+                self._llm = LLM(
+                    str(path),
+                    dtype=dtype,
+                    max_model_len=self.max_model_len,
+                    generation_config="vllm",
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    distributed_executor_backend="uni",
+                    seed=0,
+                    **options,
+                )
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise UserError(f"model {path}: vLLM cannot load it: {error}; {_OTHER_BACKEND}") from error
+        if skippable:
+            self._call("raylp_watch_layers")
+            self._run([Request((self.tokenizer.eos_token_id or 0,), 1)])
+            self._call("raylp_skip_layers", [])
+
+    def generate(self, requests: Sequence[Request], removed: Sequence[int] = ()) -> list[Output]:
+        """Greedy continuations without the layers `removed`, one for each request and in their order.
+
+        Raises:
+            UserError: a request is longer than `max_model_len`, or layers are to be left out of an engine that is not
+                skippable.
+        """
+        longest = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
+        if longest > self.max_model_len:
+            raise UserError(
+                f"a prompt with its translation may take {longest} tokens, the engine holds {self.max_model_len}: shorten the "
+                f"sentences or the prompt's examples, or raise max_model_len"
+            )
+        self._leave_out(check_removed(removed, self.num_layers))
+        rows = self._run(requests)
+        return [to_output(self.tokenizer, tokens, finish, self.newline) for tokens, finish in map(self.rule.cut, rows)]
+
+    def close(self) -> None:
+        """Gives back the engine's memory; the generator is of no use afterwards."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+
+    def _leave_out(self, removed: list[int]) -> None:
+        if sorted(removed) == self._removed:
+            return
+        if not self._skippable:
+            raise UserError("this vLLM engine was not started to leave layers out: start it with skippable=True")
+        self._call("raylp_skip_layers", removed)
+        # Cached keys and values of a prompt's beginning were made by other layers.
+        self._llm.reset_prefix_cache()
+        self._removed = sorted(removed)
+
+    def _call(self, method: str, *args: Any) -> None:
+        (problem,) = self._llm.collective_rpc(method, args=args)
+        if problem:
+            raise UserError(f"vLLM cannot leave layers out of this model: {problem}; {_OTHER_BACKEND}")
+
+    def _run(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Tokens of each request, up to a stop token, its bound, or a few past the point where it repeats itself."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        rows: dict[str, list[int]] = {}
+        for request in requests:
+            self._count += 1
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=sorted(self.rule.stop),
+                ignore_eos=True,  # the end tokens are among the stops
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            key = str(self._count)
+            rows[key] = []
+            engine.add_request(key, {"prompt_token_ids": list(request.tokens)}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                key = output.request_id
+                rows[key] += output.outputs[0].token_ids
+                if not output.finished and self.rule.finished(rows[key]):
+                    engine.abort_request([key])
+        return list(rows.values())
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """vLLM's settings for an engine without processes of its own, quiet on stdout.
+
+    On a CPU, vLLM replaces `torch.set_num_threads` by nothing; it is put back.
+    """
+    import torch
+
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    before = {key: os.environ.get(key) for key in settings}
+    set_num_threads = torch.set_num_threads
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        for key, old in before.items():
+            if old is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = old

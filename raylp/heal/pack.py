@@ -1,0 +1,170 @@
+"""Several examples in one row: what their prompts begin with in common is computed once.
+
+A row reads `prefix, rest of example 1, rest of example 2, ...`; positions start again after the prefix, and a mask lets
+every example see the prefix and itself only. Causal attention makes that the same function as one row for each example,
+with the same gradients. Few-shot prompts are mostly prefix, so the work falls to a third and less.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Rotary tables are computed for it; longer positions than this are no use to a mask either.
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids: `prompt` is given, `target` is learned. `pair` names the language pair, whose prompts begin alike."""
+
+    pair: str
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens the model reads; the last one of the target is only predicted."""
+        return len(self.prompt) + len(self.target) - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row for the model, all lists of one length but the last two.
+
+    `groups` numbers the sets of examples that share a prefix, `members` the examples, 0 for a prefix. `predict` are the
+    places whose next token is learned, `targets` those tokens.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    groups: list[int]
+    members: list[int]
+    predict: list[int]
+    targets: list[int]
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common beginning that leaves every prompt at least its last token."""
+    first, last = min(prompts), max(prompts)
+    limit = min(len(prompt) for prompt in prompts) - 1
+    length = 0
+    while length < limit and first[length] == last[length]:
+        length += 1
+    return length
+
+
+def pack(examples: Sequence[Example]) -> Row:
+    """All examples in one row, those of a language pair behind their common prefix."""
+    row = Row([], [], [], [], [], [])
+    pairs: dict[str, list[Example]] = {}
+    for example in examples:
+        pairs.setdefault(example.pair, []).append(example)
+    member = 0
+    for group, shared in enumerate(pairs.values()):
+        length = common_prefix([example.prompt for example in shared]) if len(shared) > 1 else 0
+        _append(row, shared[0].prompt[:length], 0, group, 0)
+        for example in shared:
+            member += 1
+            rest = example.prompt[length:]
+            start = len(row.tokens) + len(rest) - 1
+            row.predict.extend(range(start, start + len(example.target)))
+            row.targets.extend(example.target)
+            _append(row, (*rest, *example.target[:-1]), length, group, member)
+    return row
+
+
+def packed_length(examples: Sequence[Example]) -> int:
+    """How many tokens the row of these examples has."""
+    return len(pack(examples).tokens)
+
+
+def _append(row: Row, tokens: Sequence[int], position: int, group: int, member: int) -> None:
+    row.tokens.extend(tokens)
+    row.positions.extend(range(position, position + len(tokens)))
+    row.groups.extend([group] * len(tokens))
+    row.members.extend([member] * len(tokens))
+
+
+def block_mask(row: Row, window: int | None, dtype: Any, device: Any) -> Any:
+    """What each place of the row may look at: (1, 1, length, length), 0 where it may, the least number where not.
+
+    `window`: of a layer with sliding attention, counted in positions, its own included.
+    """
+    import torch
+
+    positions, groups, members = (
+        torch.tensor(values, device=device) for values in (row.positions, row.groups, row.members)
+    )
+    distance = positions[:, None] - positions[None, :]
+    allowed = (groups[:, None] == groups[None, :]) & (distance >= 0) & (distance < (window or NO_WINDOW))
+    allowed &= (members[None, :] == 0) | (members[:, None] == members[None, :])
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
+
+
+def attention_masks(row: Row, config: Any, dtype: Any, device: Any) -> Any:
+    """The mask in the form the decoder of this text configuration takes: by layer type, or one for all layers."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return block_mask(row, window, dtype, device)
+    masks = {"full_attention": block_mask(row, None, dtype, device)}
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = block_mask(row, window, dtype, device)
+    return masks
+
+
+def packed_inputs(row: Row, config: Any, dtype: Any, device: Any) -> dict[str, Any]:
+    """Arguments of the model's forward pass for one packed row; its logits are those of `row.predict` alone."""
+    import torch
+
+    return {
+        "input_ids": torch.tensor([row.tokens], device=device),
+        "position_ids": torch.tensor([row.positions], device=device),
+        "attention_mask": attention_masks(row, config, dtype, device),
+        "logits_to_keep": torch.tensor(row.predict, device=device),
+        "use_cache": False,
+    }
+
+
+def padded_inputs(examples: Sequence[Example], pad: int, device: Any) -> tuple[dict[str, Any], Any]:
+    """A row for each example, padded on the right, where a causal model needs no mask; and the labels.
+
+    For architectures that do not take a mask of their own. Labels: (rows, kept places), -100 where nothing is learned.
+    """
+    import torch
+
+    longest = max(example.length for example in examples)
+    first = min(len(example.prompt) for example in examples) - 1
+    tokens = torch.full((len(examples), longest), pad)
+    labels = torch.full((len(examples), longest - first), -100)
+    for index, example in enumerate(examples):
+        tokens[index, : example.length] = torch.tensor((*example.prompt, *example.target[:-1]))
+        start = len(example.prompt) - 1 - first
+        labels[index, start : start + len(example.target)] = torch.tensor(example.target)
+    inputs = {
+        "input_ids": tokens.to(device),
+        "logits_to_keep": torch.arange(first, longest, device=device),
+        "use_cache": False,
+    }
+    return inputs, labels.to(device)
+
+
+def loss_sum(model: Any, examples: Sequence[Example], config: Any, packed: bool, pad: int = 0) -> Any:
+    """Cross-entropy summed over the target tokens of all examples, in nats; a scalar with its graph.
+
+    `model`: anything called like a transformers causal model; `config`: its text configuration.
+    """
+    import torch
+
+    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    device = reference.device
+    if packed:
+        row = pack(examples)
+        logits = model(**packed_inputs(row, config, reference.dtype, device)).logits[0]
+        labels = torch.tensor(row.targets, device=device)
+    else:
+        inputs, labels = padded_inputs(examples, pad, device)
+        logits = model(**inputs).logits.flatten(0, 1)
+        labels = labels.flatten()
+    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")

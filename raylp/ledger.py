@@ -1,0 +1,81 @@
+"""Every score ever computed, so that none is computed twice: in this run, or in another through a shared cache.
+
+A line is a fact about (model, removed layers, block of sentences as asked, metric, backend, dtype), filed under a hash
+of those. Lines stand in segments: files of whole lines, each made by one writer and never changed afterwards.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from raylp.generate.base import Request
+from raylp.rundir import RunDir
+
+FOLDER = "ledger"
+
+
+def block_hash(requests: Sequence[Request], references: Sequence[str]) -> str:
+    """What is asked and what it is held against: prompt tokens, bounds and references; 16 hex digits."""
+    content = [[list(request.tokens), request.max_new_tokens, text] for request, text in zip(requests, references, strict=True)]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def score_key(facts: dict[str, Any]) -> str:
+    """The key of the line with these facts; 32 hex digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def score_facts(
+    model: str, removed: Sequence[int], block: str, metric: str, backend: str, dtype: str, decoding: str
+) -> dict[str, Any]:
+    """What a score is a fact about; `model` and `block` are hashes, the order of `removed` does not matter."""
+    return {
+        "model": model,
+        "removed": sorted(removed),
+        "block": block,
+        "decoding": decoding,
+        "metric": metric,
+        "backend": backend,
+        "dtype": dtype,
+    }
+
+
+class Ledger:
+    """The lines of a run directory, with those of a shared `cache` behind it."""
+
+    def __init__(self, rundir: RunDir, cache: RunDir | None = None) -> None:
+        self.rundir = rundir
+        self.cache = cache
+        self.lines: dict[str, dict[str, Any]] = {}
+        self._shared: dict[str, dict[str, Any]] = {}
+        for place, lines in ((rundir, self.lines), (cache, self._shared)):
+            if place is None:
+                continue
+            for name in place.names(FOLDER):
+                if name.endswith(".jsonl"):
+                    for line in place.read_text(f"{FOLDER}/{name}").splitlines():
+                        entry = json.loads(line)
+                        lines[entry["key"]] = entry
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The line under `key`; one found only in the cache is taken over into the run."""
+        if key not in self.lines and key in self._shared:
+            self.lines[key] = self._shared[key]
+            write_segment(self.rundir, [self.lines[key]])
+        return self.lines.get(key)
+
+    def remember(self, line: dict[str, Any]) -> None:
+        """Adds a line that its writer has already filed in the run directory, and files it in the cache."""
+        self.lines[line["key"]] = line
+        if self.cache is not None and line["key"] not in self._shared:
+            write_segment(self.cache, [line])
+
+
+def write_segment(place: RunDir, lines: Sequence[dict[str, Any]]) -> None:
+    """Files whole lines as one new segment."""
+    name = f"{time.time_ns()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+    place.write_text(f"{FOLDER}/{name}", "".join(json.dumps(line) + "\n" for line in lines))

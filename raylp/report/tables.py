@@ -1,0 +1,103 @@
+"""The figures of a run as tables for a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raylp.report import numbers
+from raylp.report.contents import Contents, Model, read_contents
+from raylp.report.facts import find_facts
+from raylp.rundir import RunDir
+
+# As many columns of scores as fit beside name, layers, parameters and size in 100 characters.
+MAX_SCORE_COLUMNS = 4
+
+
+def print_tables(rundir: RunDir, console: Console) -> None:
+    """Models with quality, their speed, the comparisons; a line for each part there is nothing on.
+
+    Raises:
+        UserError: the directory is not a run's.
+    """
+    contents = read_contents(rundir)
+    facts = find_facts(contents)
+    console.print(facts.headline, style="bold", markup=False, highlight=False)
+    for table in (*model_tables(contents), speed_table(contents), comparison_table(contents)):
+        if table.row_count:
+            console.print()
+            console.print(table)
+    if contents.adapted_first and contents.models:
+        note = "baseline: the model adapted before pruning; original: the model as it came."
+        console.print(note, style="dim", highlight=False)
+    for missing in facts.missing:
+        how = f"run `raylp {missing.verb} RECIPE`" if missing.wanted else "not asked for by the recipe"
+        console.print(f"Not run: {missing.part} ({how}).", style="dim", highlight=False)
+
+
+def model_tables(contents: Contents) -> list[Table]:
+    """One table, or two when there are many scores: the second has a row for each test set and metric."""
+    places = [(test_set, metric) for test_set in contents.test_sets for metric in contents.metrics]
+    places = [place for place in places if any(model.score(*place) for model in contents.models)]
+    beside = places if len(places) <= MAX_SCORE_COLUMNS else []
+    models = _table("Models")
+    models.add_column("model")
+    for name in ("layers", "params", "size"):
+        models.add_column(name, justify="right")
+    for test_set, metric in beside:
+        models.add_column(f"{escape(test_set)}\n{escape(metric)}", justify="right")
+    for model in contents.models:
+        scores = [numbers.plus_minus(model.score(*place), place[1]) for place in beside]
+        sizes = (numbers.count(model.layers), numbers.params(model.params), numbers.size(model.bytes))
+        models.add_row(escape(model.name), *sizes, *scores)
+    if beside or not places:
+        return [models]
+    quality = _table("Quality, with 95% intervals")
+    quality.add_column("test set")
+    quality.add_column("metric")
+    for model in contents.models:
+        quality.add_column(escape(model.name), justify="right")
+    for test_set, metric in places:
+        scores = [numbers.plus_minus(model.score(test_set, metric), metric) for model in contents.models]
+        quality.add_row(escape(test_set), escape(metric), *scores)
+    return [models, quality]
+
+
+def speed_table(contents: Contents) -> Table:
+    table = _table("Speed, medians")
+    table.add_column("model")
+    table.add_column("load")
+    for name in ("tokens/s", "TTFT p50\nms", "TPOT p50\nms"):
+        table.add_column(name, justify="right")
+    for setting in contents.settings:
+        table.add_section()
+        for model in contents.models:
+            if setting in model.speed:
+                table.add_row(escape(model.name), escape(numbers.setting(setting)), *_speeds(model, setting))
+    return table
+
+
+def comparison_table(contents: Contents) -> Table:
+    table = _table("Differences: the first less the second, 95% intervals over the same sentences")
+    for name in ("first", "second", "test set", "metric"):
+        table.add_column(name)
+    table.add_column("difference", justify="right")
+    table.add_column("95% interval", justify="right")
+    table.add_column("zero excluded")
+    for found in contents.comparisons:
+        stat = found.difference
+        excluded = {True: f"yes, {numbers.verdict(stat)}", False: "no", None: "no interval"}[stat.excludes_zero]
+        place = (escape(found.a), escape(found.b), escape(found.test_set), escape(found.metric))
+        gap = (numbers.difference(stat, found.metric), numbers.interval(stat, found.metric, sign=True))
+        table.add_row(*place, *gap, excluded, style=None if stat.excludes_zero else "dim")
+    return table
+
+
+def _speeds(model: Model, setting: str) -> tuple[str, str, str]:
+    throughput = model.measure(setting, "output_tokens_per_s")
+    first, each = model.measure(setting, "ttft_ms"), model.measure(setting, "tpot_ms")
+    return numbers.rate(throughput), numbers.milliseconds(first), numbers.milliseconds(each)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
