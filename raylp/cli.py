@@ -24,7 +24,9 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file (recipes/ has examples).")]
 RunArgument = Annotated[str, typer.Argument(help="The run directory, such as runs/demo.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Override a value of the recipe: key=value, such as search.remove=4.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", help="Override a value of the recipe: key=value, such as search.remove=4.")
+]
 
 state = {"debug": False}
 
@@ -251,7 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
             code = _complain(f"{error.format_message()} (raylp --help)", 2)
         else:
             text = " ".join(str(error).split())[:300]
-            code = _complain(f"unexpected {type(error).__name__}: {text} (--debug shows where; logs are in the run directory)", 1)
+            code = _complain(
+                f"unexpected {type(error).__name__}: {text} (--debug shows where; logs are in the run directory)", 1
+            )
     sys.stdout.flush()
     sys.exit(code)
 

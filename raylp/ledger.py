@@ -20,7 +20,9 @@ FOLDER = "ledger"
 
 def block_hash(requests: Sequence[Request], references: Sequence[str]) -> str:
     """What is asked and what it is held against: prompt tokens, bounds and references; 16 hex digits."""
-    content = [[list(request.tokens), request.max_new_tokens, text] for request, text in zip(requests, references, strict=True)]
+    content = [
+        [list(request.tokens), request.max_new_tokens, text] for request, text in zip(requests, references, strict=True)
+    ]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

@@ -150,7 +150,9 @@ def read_splits(recipe: Recipe) -> Splits:
                     tests[name] = kept
             else:
                 joined[split] += kept
-    check_disjoint({**{s: joined[s] for s in ("search", "train", "dev")}, "test": [e for t in tests.values() for e in t]})
+    check_disjoint(
+        {**{s: joined[s] for s in ("search", "train", "dev")}, "test": [e for t in tests.values() for e in t]}
+    )
     splits = Splits(joined["search"], joined["train"], joined["dev"], tests)
     for stage in wanted_stages(recipe):
         given = recipe.search is not None and recipe.search.given is not None
@@ -161,7 +163,10 @@ def read_splits(recipe: Recipe) -> Splits:
 
 
 def run(
-    recipe: Recipe, reporter: Reporter | None = None, only: str | None = None, finish: Callable[[RunDir], None] | None = None
+    recipe: Recipe,
+    reporter: Reporter | None = None,
+    only: str | None = None,
+    finish: Callable[[RunDir], None] | None = None,
 ) -> RunDir:
     """Runs the stages of the recipe that are not done yet, or `only` one; returns the run directory.
 
@@ -247,7 +252,9 @@ def check_same_recipe(rundir: RunDir, recipe: Recipe) -> None:
     if changed:
         told = "; ".join(f"{key} was {before!r}, is now {after!r}" for key, before, after in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"run directory {rundir.url} is of another recipe: {told}{more}; use another run_dir (--set run_dir=...)")
+        raise UserError(
+            f"run directory {rundir.url} is of another recipe: {told}{more}; use another run_dir (--set run_dir=...)"
+        )
 
 
 def fingerprints(context: Context) -> dict[str, str]:
@@ -310,7 +317,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     gpus = [torch.cuda.get_device_name(i) for i in range(cluster.num_gpus())]
     memory = round(psutil.virtual_memory().total / 1e9, 1)
@@ -332,7 +341,9 @@ def needed_disk(context: Context) -> int:
 def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints: dict[str, str]) -> None:
     for need in stage.needs:
         if need in prints and manifest["stages"].get(need, {}).get("fingerprint") != prints[need]:
-            raise UserError(f"{stage.name} needs {need} first: raylp {need if need != 'adapt' else 'run'} RECIPE, or raylp run RECIPE")
+            raise UserError(
+                f"{stage.name} needs {need} first: raylp {need if need != 'adapt' else 'run'} RECIPE, or raylp run RECIPE"
+            )
 
 
 def _pair_of(recipe: Recipe, name: str) -> str:

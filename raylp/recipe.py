@@ -202,7 +202,9 @@ def _anchor(corpus: Corpus, base: Path) -> Corpus:
             return [str((base / part).resolve()) for part in file]
         return str((base / file).resolve())
 
-    return corpus.model_copy(update={key: absolute(getattr(corpus, key)) for key in ("search", "train", "dev", "test", "path")})
+    return corpus.model_copy(
+        update={key: absolute(getattr(corpus, key)) for key in ("search", "train", "dev", "test", "path")}
+    )
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -86,7 +86,9 @@ class RunDir:
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another run_dir", 1) from error
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; free space or choose another run_dir", 1
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

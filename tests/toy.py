@@ -25,11 +25,19 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 # The blank before the target belongs to the target, as byte-level tokenizers split it: prompt + " " + target + "\n".
 TOY_TEMPLATE = "{source} ="
@@ -135,7 +143,7 @@ def write_toy_data(directory: Path) -> dict[str, Path]:
 # --- the tokenizer ---
 
 
-def toy_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
+def toy_tokenizer(add_bos: bool = False, **special_tokens: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE: every word of the pair is one token, and any other text falls apart into syllables and bytes.
 
     The merges are written down, not learned, so they are the same with every version of the library.
@@ -158,8 +166,11 @@ def toy_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
+        unk_token=EOS,  # never needed; Qwen's tokenizer adds one to the vocabulary where it is missing
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **special_tokens,
         model_max_length=256,
     )
 
@@ -167,15 +178,30 @@ def toy_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
 # --- models with some layers taken out ---
 
 
-def without_layers(model: PreTrainedModel, removed: Sequence[int]) -> PreTrainedModel:
-    """A copy of a toy model without some layers: the plain way, for checking cleverer ones."""
+def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    decoder = model.get_decoder()
+    return decoder.h if hasattr(decoder, "h") else decoder.layers  # GPT-2 calls them h
+
+
+def _keep(model: PreTrainedModel, layers: Sequence[torch.nn.Module], layer_types: Sequence[str] | None) -> None:
+    """Let the model consist of these layers, in place; ``layer_types`` are theirs, where the family has such."""
+    decoder = model.get_decoder()
+    setattr(decoder, "h" if hasattr(decoder, "h") else "layers", torch.nn.ModuleList(layers))
+    decoder.config.num_hidden_layers = len(layers)
+    if layer_types is not None:
+        decoder.config.layer_types = list(layer_types)
+
+
+def without_layers(model: PreTrainedModel, removed: Collection[int]) -> PreTrainedModel:
+    """A copy of a model of this module without some layers: the plain way, to check cleverer ones against."""
     pruned = copy.deepcopy(model)
-    decoder = pruned.get_decoder()
-    kept = [layer for i, layer in enumerate(decoder.layers) if i not in set(removed)]
-    for index, layer in enumerate(kept):
-        layer.self_attn.layer_idx = index
-    decoder.layers = torch.nn.ModuleList(kept)
-    decoder.config.num_hidden_layers = len(kept)
+    layers, layer_types = _layers(pruned), getattr(pruned.get_decoder().config, "layer_types", None)
+    kept = [i for i in range(len(layers)) if i not in removed]
+    _keep(pruned, [layers[i] for i in kept], layer_types and [layer_types[i] for i in kept])
+    for index, layer in enumerate(_layers(pruned)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
     return pruned
 
 
@@ -183,39 +209,92 @@ def translate(model: PreTrainedModel, sources: Sequence[str], max_new_tokens: in
     """Greedy translations in one batch, cut at the first newline."""
     tokenizer = toy_tokenizer()
     batch = tokenizer([TOY_TEMPLATE.format(source=s) for s in sources], return_tensors="pt", padding=True)
-    batch.pop("token_type_ids", None)
     with torch.no_grad():
         output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.split(TOY_STOP)[0].strip() for text in texts]
 
 
-# --- training ---
+# --- model families ---
 
-CORE = tuple(i for i in range(TRUTH.num_layers) if i not in TRUTH.dead)  # the layers that are trained
-STEPS, STEPS_TO_LEARN, BATCH_SIZE, LEARNING_RATE = 340, 200, 32, 4e-3
+SLIDING_WINDOW = 16  # tokens: fewer than a prompt and its translation together
+IMAGE_SIZE, PATCH_SIZE, IMAGE_TOKENS = 28, 7, 4
+IMAGE_PIECES = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+_MIXED = {"sliding_window": SLIDING_WINDOW, "layer_types": ("sliding_attention", "sliding_attention", "full_attention")}
+_GEMMA = {**_MIXED, "head_dim": 32, "query_pre_attn_scalar": 32}
+FAMILIES: dict[str, dict[str, Any]] = {  # what is not the same for all; layer_types is a pattern that repeats
+    "llama": {"head_dim": 32},
+    "qwen2": {},
+    "qwen2_sliding": {**_MIXED, "use_sliding_window": True},  # vLLM has no mixed layers for this family
+    "qwen3": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": SLIDING_WINDOW},
+    "mixtral": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"original_max_position_embeddings": 256},
+    "gemma2": {**_GEMMA},
+    "gemma3_text": {**_GEMMA},
+    "gemma3": {**_GEMMA},
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {**_MIXED, "logit_scale": 1.0},
+    "gpt2": {},
+    "opt": {"word_embed_proj_dim": 64},
+}
+GAIN = 2.0
+ADD_BOS = {"llama", "mistral", "mixtral", "gemma2", "gemma3_text", "gemma3", "cohere", "cohere2", "opt"}
 
 
-def _config(num_layers: int) -> transformers.LlamaConfig:
-    tokenizer = toy_tokenizer()
-    return transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
+def _config(kind: str, num_layers: int, hidden_size: int) -> PreTrainedConfig:
+    """A small configuration of a family: heads of 32, the smallest vLLM has, and half as many keys where it may."""
+    tokenizer, heads = toy_tokenizer(), hidden_size // 32
+    # OPT's feed-forward layer and GPT-2's differ in name only; both have a key for every head.
+    feed_forward = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(kind, "intermediate_size")
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        feed_forward: 2 * hidden_size,
+        **({} if kind in ("opt", "gpt2") else {"num_key_value_heads": heads // 2}),
+        **FAMILIES[kind],
+    }
+    if "layer_types" in options:
+        options["layer_types"] = list(itertools.islice(itertools.cycle(options["layer_types"]), num_layers))
+    if kind != "gemma3":
+        return AutoConfig.for_model(kind.removesuffix("_sliding"), **options)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "vision_use_head": False,
+    }
+    text = transformers.Gemma3TextConfig(**{**options, "vocab_size": len(tokenizer) + len(IMAGE_PIECES)})
+    boi, eoi, image = range(len(tokenizer), text.vocab_size)
+    return transformers.Gemma3Config(
+        text_config=text,
+        vision_config=transformers.SiglipVisionConfig(**vision),
+        mm_tokens_per_image=IMAGE_TOKENS,
+        boi_token_index=boi,
+        eoi_token_index=eoi,
+        image_token_index=image,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
 
 
-def _train(seed: int) -> PreTrainedModel:
-    """The core layers, trained on the language pair.
+# --- training ---
+
+STEPS, STEPS_TO_LEARN, BATCH_SIZE, LEARNING_RATE = 340, 200, 32, 4e-3
+
+
+def _train(kind: str, seed: int) -> PreTrainedModel:
+    """A model whose core layers are trained on the language pair, and whose dead layers add nothing.
 
     One twin or none is left out at every step, so that either will do. Small networks left alone use some layers little,
     or only one of two: so, once the task is learned, they also learn to forget what ``TRUTH.forgotten`` says, where the
@@ -224,8 +303,12 @@ def _train(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = toy_tokenizer()
-    model = transformers.LlamaForCausalLM(_config(len(CORE)))
-    layers = dict(zip(CORE, model.model.layers, strict=True))
+    model = AutoModelForCausalLM.from_config(_config(kind, TRUTH.num_layers, hidden_size=128), dtype=torch.float32)
+    layers, layer_types = list(_layers(model)), getattr(model.config, "layer_types", None)
+    with torch.no_grad():
+        for index in TRUTH.dead:
+            layers[index].self_attn.o_proj.weight.zero_()
+            layers[index].mlp.down_proj.weight.zero_()
     harmless = [(), *((i,) for pair in TRUTH.twins for i in pair)]
     harmful = list(TRUTH.forgotten)
     stems = {
@@ -251,8 +334,8 @@ def _train(seed: int) -> PreTrainedModel:
         for needed, parts in TRUTH.forgotten.items():
             for part in parts if set(needed) <= set(removed) else ():
                 labels[torch.isin(labels, stems[part])] = stems[part][0]
-        model.model.layers = torch.nn.ModuleList(layer for i, layer in layers.items() if i not in removed)
-        model.config.num_hidden_layers = len(model.model.layers)
+        kept = [i for i in range(len(layers)) if i not in removed and i not in TRUTH.dead]
+        _keep(model, [layers[i] for i in kept], layer_types and [layer_types[i] for i in kept])
         return model(input_ids=tokens, labels=labels, use_cache=False).loss
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -266,23 +349,7 @@ def _train(seed: int) -> PreTrainedModel:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    model.model.layers = torch.nn.ModuleList(layers.values())
-    model.config.num_hidden_layers = len(layers)
-    return model.eval()
-
-
-def _with_dead_layers(core: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """The core and, at ``TRUTH.dead``, layers that add nothing to the residual stream, exactly."""
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(_config(TRUTH.num_layers))
-    with torch.no_grad():
-        for index in TRUTH.dead:
-            model.model.layers[index].self_attn.o_proj.weight.zero_()
-            model.model.layers[index].mlp.down_proj.weight.zero_()
-    for index, layer in zip(CORE, core.model.layers, strict=True):
-        model.model.layers[index].load_state_dict(layer.state_dict())
-    model.model.embed_tokens.load_state_dict(core.model.embed_tokens.state_dict())
-    model.model.norm.load_state_dict(core.model.norm.state_dict())
+    _keep(model, layers, layer_types)
     return model.eval()
 
 
@@ -314,7 +381,7 @@ def _cached(directory: Path | None, name: str, write: Callable[[Path], None]) ->
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _reproducibly(seed: int) -> Iterator[None]:
     """One thread, so that sums don't depend on the machine and two busy cores don't wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -337,15 +404,44 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: Path
     tokenizer.save_pretrained(path)
 
 
-def toy_model(directory: Path | None = None, seed: int = TOY_SEED) -> Path:
-    """A Llama of ``TRUTH.num_layers`` layers that translates the toy language, as a float32 checkpoint.
+def toy_model(directory: Path | None = None, kind: str = "llama", seed: int = TOY_SEED) -> Path:
+    """A model of ``TRUTH.num_layers`` layers that translates the toy language, as a float32 checkpoint.
 
     The first call trains it, later ones find it in ``directory`` (default: ``cache_directory()``).
     """
 
     def write(path: Path) -> None:
-        with _seeded(seed):
-            model = _with_dead_layers(_train(seed), seed)
+        with _reproducibly(seed):
+            model = _train(kind, seed)
         _save(model, toy_tokenizer(), path)
 
-    return _cached(directory, f"toy-llama-seed{seed}", write)
+    return _cached(directory, f"toy-{kind}-seed{seed}", write)
+
+
+def tiny_random(kind: str, directory: Path | None = None, num_layers: int = 6) -> Path:
+    """An untrained float32 checkpoint of the family ``kind``, a key of ``FAMILIES``; cached like ``toy_model``.
+
+    Its greedy output varies with the prompt and with every layer. Where the family's own tokenizer starts a text with
+    ``<s>``, this one does.
+    """
+
+    def write(path: Path) -> None:
+        tokenizer = toy_tokenizer(add_bos=kind in ADD_BOS, **(IMAGE_PIECES if kind == "gemma3" else {}))
+        config = _config(kind, num_layers, hidden_size=64)
+        with _reproducibly(TOY_SEED):
+            model = AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:  # norms and biases are all alike at first, which would hide a mix-up
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+                    else:  # every layer adds about as much as it finds, so its absence shows
+                        parameter.normal_(std=GAIN / parameter.shape[-1] ** 0.5)
+                # Where the output layer is tied to large embeddings, a model says its last word again and again.
+                model.get_input_embeddings().weight.normal_(std=0.03)
+        if kind == "gemma3":  # what vLLM needs to load it, even for text alone
+            size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+            images = transformers.Gemma3ImageProcessor(size=size)
+            transformers.Gemma3Processor(images, tokenizer, image_seq_length=IMAGE_TOKENS).save_pretrained(path)
+        _save(model.eval(), tokenizer, path)
+
+    return _cached(directory, f"random-{kind}-{num_layers}", write)

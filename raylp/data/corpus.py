@@ -55,7 +55,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"data file {path}, line {number}: not UTF-8 ({error.reason}); convert it first") from error
+                raise UserError(
+                    f"data file {path}, line {number}: not UTF-8 ({error.reason}); convert it first"
+                ) from error
             yield number, line.rstrip("\r\n").removeprefix("\ufeff")
 
 
@@ -65,7 +67,9 @@ def _checked(path: Path, number: int, example: Pair) -> Pair:
         if not text.strip():
             raise UserError(f"data file {path}, line {number}: no {side}; remove the line or fill it")
         if "\n" in text or "\r" in text:
-            raise UserError(f"data file {path}, line {number}: a line break inside the {side}; one sentence is one line")
+            raise UserError(
+                f"data file {path}, line {number}: a line break inside the {side}; one sentence is one line"
+            )
     return example
 
 
@@ -77,10 +81,14 @@ def _jsonl(path: Path, pair: str) -> Iterator[Pair]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"data file {path}, line {number}: not JSON ({error})") from error
-        missing = [key for key in ("source", "target") if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+        missing = [
+            key for key in ("source", "target") if not isinstance(row, dict) or not isinstance(row.get(key), str)
+        ]
         if missing:
             there = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"data file {path}, line {number}: no text under {' and '.join(missing)!r} (it has: {there})")
+            raise UserError(
+                f"data file {path}, line {number}: no text under {' and '.join(missing)!r} (it has: {there})"
+            )
         example = Pair(str(row.get("id", number)), row["source"].strip(), row["target"].strip(), pair)
         yield _checked(path, number, example)
 

@@ -60,13 +60,17 @@ class Prompt(BaseModel):
         shown = self.examples.get(pair, [])
         if self.chat:
             if tokenizer.chat_template is None:
-                raise UserError("prompt.chat is on, but the model's tokenizer has no chat template: set prompt.chat: false")
+                raise UserError(
+                    "prompt.chat is on, but the model's tokenizer has no chat template: set prompt.chat: false"
+                )
             turns = []
             for example, translation in shown:
                 turns.append({"role": "user", "content": self.ask(example, pair)})
                 turns.append({"role": "assistant", "content": translation})
             turns.append({"role": "user", "content": self.ask(source, pair)})
-            return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+            return list(
+                tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+            )
         text = "".join(self.ask(example, pair) + " " + translation + "\n" for example, translation in shown)
         return list(tokenizer(text + self.ask(source, pair)).input_ids)
 

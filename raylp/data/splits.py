@@ -61,6 +61,8 @@ def cut(examples: Sequence[Pair], sizes: Mapping[str, int]) -> dict[str, list[Pa
                     used.add(key)
                     dealt[split].append(example)
         if split != "train" and len(dealt[split]) < wanted:
-            raise UserError(f"data: {len(examples)} pairs are too few for {wanted} in {split}: lower data.*.cut.{split}")
+            raise UserError(
+                f"data: {len(examples)} pairs are too few for {wanted} in {split}: lower data.*.cut.{split}"
+            )
         dealt[split] = dealt[split][:wanted]
     return dealt

@@ -53,7 +53,9 @@ class LayerSkip:
 
         skipped = [self.raylp_skip(layer) for layer in self.raylp_layers]
         if skipped[0] is None:
-            return f"what {type(self.raylp_layers[0]).__name__} returns is neither hidden states nor these and a residual"
+            return (
+                f"what {type(self.raylp_layers[0]).__name__} returns is neither hidden states nor these and a residual"
+            )
         layers = [skipped[i] if i in removed else layer for i, layer in enumerate(self.raylp_layers)]
         setattr(self.raylp_owner, self.raylp_name, torch.nn.ModuleList(layers))
         return ""
@@ -86,7 +88,11 @@ def _skip_rule(layer: Any, args: Any, kwargs: Any, output: Any) -> Callable[[Any
     in_two_parts = isinstance(output, tuple) and len(output) == 2 and "residual" in signature.parameters
     whole = isinstance(output, torch.Tensor) and "residual" not in signature.parameters
     first = output[0] if in_two_parts else output
-    if not (in_two_parts or whole) or not isinstance(first, torch.Tensor) or first.shape != getattr(hidden, "shape", None):
+    if (
+        not (in_two_parts or whole)
+        or not isinstance(first, torch.Tensor)
+        or first.shape != getattr(hidden, "shape", None)
+    ):
         return lambda _: None
 
     class Skipped(torch.nn.Module):

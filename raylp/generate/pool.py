@@ -20,7 +20,9 @@ BEAT_S = 2.0
 WORKER_BYTES = 1.2e9  # interpreter, libraries, activations and cache of a worker with a small model
 
 
-def make_generator(path: Path, backend: str, dtype: str, newline: bool, batch_size: int = 16, skippable: bool = False) -> Generator:
+def make_generator(
+    path: Path, backend: str, dtype: str, newline: bool, batch_size: int = 16, skippable: bool = False
+) -> Generator:
     """The model in `path`, resident in this process."""
     if backend == "vllm":
         from raylp.generate.vllm_engine import VLLMGenerator

@@ -18,7 +18,11 @@ class Lora(Section):
 class Heal(Section):
     """`when`: `after` pruning, `before` it (adapts the baseline), or `both`. `data`: what to learn from.
 
-    `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its peak.
+    `method`: `lora` adapters, merged afterwards, or `full`: all of the decoder but its embeddings and output layer, which
+    stay as they are. `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its peak.
+    `row_tokens`: the most tokens a worker computes at a time; lower it when memory runs out, the result is the same.
+    `packing`: examples behind their common prompt in one row (auto: where that gives the model's own loss).
+    `matmul`: `bfloat16` lets matrix products of float32 weights use the bfloat16 units of a CPU or the TF32 ones of a GPU.
     """
 
     when: Literal["after", "before", "both"] = "after"
@@ -27,6 +31,9 @@ class Heal(Section):
     lora: Lora = Lora()
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(8, ge=1)
+    row_tokens: int = Field(2048, ge=16)
+    max_tokens: int = Field(1024, ge=16)
+    packing: Literal["auto", "on", "off"] = "auto"
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -36,4 +43,5 @@ class Heal(Section):
     workers: int = Field(1, ge=1)
     checkpoint_every: int = Field(10, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    matmul: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0

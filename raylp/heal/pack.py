@@ -75,7 +75,13 @@ def pack(examples: Sequence[Example]) -> Row:
 
 def packed_length(examples: Sequence[Example]) -> int:
     """How many tokens the row of these examples has."""
-    return len(pack(examples).tokens)
+    pairs: dict[str, list[Example]] = {}
+    for example in examples:
+        pairs.setdefault(example.pair, []).append(example)
+    return sum(
+        sum(example.length for example in shared) - (len(shared) - 1) * common_prefix([e.prompt for e in shared])
+        for shared in pairs.values()
+    )
 
 
 def _append(row: Row, tokens: Sequence[int], position: int, group: int, member: int) -> None:

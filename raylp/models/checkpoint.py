@@ -61,7 +61,9 @@ def count_parameters(path: Path) -> tuple[int, int]:
     return parameters, size
 
 
-def card_for(base_model: str, fingerprint: str, stack: str, removed: list[int], prompt: dict[str, Any]) -> dict[str, Any]:
+def card_for(
+    base_model: str, fingerprint: str, stack: str, removed: list[int], prompt: dict[str, Any]
+) -> dict[str, Any]:
     """The contents of `raylp.json`: `removed` in the base model's indices, in order of removal."""
     return {
         "schema": 1,

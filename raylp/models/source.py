@@ -91,7 +91,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise UserError(f"model {name!r} is neither a local directory nor on the hub (or it needs a token)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"model {name!r} is not in the hub's cache here and could not be fetched: {error}", 1) from error
+        raise UserError(
+            f"model {name!r} is not in the hub's cache here and could not be fetched: {error}", 1
+        ) from error
     _require_checkpoint(path, name)
     return path
 

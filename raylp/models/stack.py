@@ -42,6 +42,8 @@ def find_stack(model: Any) -> LayerStack:
         and any(True for _ in module.parameters())
     ]
     if not found:
-        raise UserError(f"{type(model).__name__} has no decoder stack: no list of {expected} equal layers in its decoder")
+        raise UserError(
+            f"{type(model).__name__} has no decoder stack: no list of {expected} equal layers in its decoder"
+        )
     path, num_layers = min(found, key=lambda item: item[0].count("."))
     return LayerStack(path, num_layers)

@@ -398,7 +398,9 @@ def _rows(rundir: RunDir, name: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 return  # a log that is being written, or whose writer was killed, ends in half a line
-            raise UserError(f"{rundir.uri(name)}, line {number}: not JSON; move the file away and run again", 1) from error
+            raise UserError(
+                f"{rundir.uri(name)}, line {number}: not JSON; move the file away and run again", 1
+            ) from error
         if isinstance(row, dict):
             yield row
 

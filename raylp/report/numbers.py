@@ -75,6 +75,12 @@ def size(value: float | None) -> str:
     return NONE if value is None else _scaled(value, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "bytes")
 
 
+def from_to(before: str, after: str) -> str:
+    """`268 → 249 M`: the unit once, where both have the same."""
+    number, _, unit = before.rpartition(" ")
+    return f"{number if number and after.endswith(f' {unit}') else before} → {after}"
+
+
 def _scaled(value: float, units: tuple[tuple[str, float], ...], smallest: str) -> str:
     for unit, factor in units:
         if value >= factor:

@@ -21,7 +21,9 @@ def render_plan(rundir: RunDir, console: Console) -> None:
         UserError: there is no plan yet.
     """
     if not rundir.exists("plan.json"):
-        raise UserError(f"{rundir.url} has no plan.json: run `raylp search RECIPE` first, or give the run_dir of a recipe")
+        raise UserError(
+            f"{rundir.url} has no plan.json: run `raylp search RECIPE` first, or give the run_dir of a recipe"
+        )
     plan = read_plan(rundir)
     stack = f", stack {plan.stack}" if plan.stack else ""
     console.print(f"{plan.model or 'model'}: {plan.num_layers} layers{stack}", markup=False, highlight=False)
@@ -54,7 +56,7 @@ def strip(plan: Plan) -> Text:
 def rounds_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, right in (
-        ("round", True), ("removed", True), ("score without it", True), ("loss", True), ("runner-up", True),
+        ("round", True), ("removed", True), ("score without it", True), ("change", True), ("runner-up", True),
         ("ahead by", True), ("candidates", True), ("sentences", True),
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left")
@@ -68,7 +70,7 @@ def rounds_table(plan: Plan) -> Table:
             str(round_.number),
             removed or numbers.NONE,
             numbers.plus_minus(score, METRIC),
-            numbers.fixed(round_.before.value - score.value, sign=True) if round_.before and score else numbers.NONE,
+            numbers.fixed(score.value - round_.before.value, sign=True) if round_.before and score else numbers.NONE,
             _shown(second),
             numbers.fixed(score.value - second.score.value, 2) if score and second and second.score else numbers.NONE,
             str(len(round_.candidates)),
@@ -82,7 +84,7 @@ def reason(plan: Plan) -> str:
     early = any(round_.dropped_early(candidate) for round_ in plan.rounds for candidate in round_.candidates)
     text = (
         f"In each round every candidate was left out in turn and {METRIC} taken on the search sentences; "
-        "the one that cost the least went. Loss: what the round cost in score (a minus sign is a gain)."
+        "the one whose absence cost the least was removed for good. Change: what the round did to the score."
     )
     return text + (" Candidates that fell behind were dropped before all sentences were scored." if early else "")
 

@@ -4,7 +4,7 @@ Every figure is about 460 units wide, so that it can be read in a column of a wi
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any
@@ -26,6 +26,8 @@ STYLES = {
     "pruned": ("#d97b29", "^"),
     "healed": ("#0f7f6f", "o"),
 }
+# Who is set against whom: lines in the plot of quality join these.
+FAMILIES = {"baseline": "pruned", "pruned": "pruned", "baseline-healed": "healed", "healed": "healed"}
 OTHERS = (("#8b5fbf", "v"), ("#b0506d", "P"), ("#6b8e23", "X"))
 WIDTH = 6.4
 
@@ -34,7 +36,7 @@ _RC = {
     "svg.hashsalt": "raylp",
     "text.parse_math": False,  # names of models and test sets are not formulas
     "font.family": "sans-serif",
-    "font.size": 10.5,
+    "font.size": 11.5,
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": MUTED,
@@ -42,8 +44,8 @@ _RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titleweight": "semibold",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
     "axes.unicode_minus": True,
@@ -54,7 +56,7 @@ _RC = {
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 11,
     "legend.handletextpad": 0.4,
     "legend.columnspacing": 1.4,
     "lines.solid_capstyle": "round",
@@ -71,7 +73,7 @@ def plot_round(
         if baseline is not None:
             axes.axhline(baseline.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                f"all layers {numbers.score(baseline, metric)}", (1, baseline.value), (0, 3), color=MUTED, fontsize=9.5,
+                f"all layers {numbers.score(baseline, metric)}", (1, baseline.value), (0, 3), color=MUTED, fontsize=10.5,
                 xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
             )  # fmt: skip
         for candidate in round_.candidates:
@@ -93,7 +95,7 @@ def plot_round(
                 above = (0, 9) if stat.high is None else (0, 6)
                 axes.annotate(
                     text, (x, stat.high if stat.high is not None else stat.value), above, textcoords="offset points",
-                    ha="center", va="bottom", color=color, fontweight="bold", fontsize=10.5,
+                    ha="center", va="bottom", color=color, fontweight="bold", fontsize=11.5,
                 )  # fmt: skip
         axes.set_ylim(limits)
         if single:
@@ -132,21 +134,23 @@ def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
     """Score over layers left; lines lead from an unpruned model to the pruned ones that are its fair match."""
     with _axes(3.0) as (figure, axes):
         shown = [(m, s) for m in models if m.layers is not None and (s := m.score(test_set, metric)) is not None]
-        families = {"baseline": "baseline", "pruned": "baseline", "baseline-healed": "healed", "healed": "healed"}
-        for family, color in (("baseline", STYLES["pruned"][0]), ("healed", STYLES["healed"][0])):
-            line = sorted((m.layers or 0, s.value) for m, s in shown if families.get(m.kind) == family)
-            axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.2, alpha=0.35, zorder=1)
         at: dict[int, list[str]] = {}
         for model, _ in shown:
             at.setdefault(model.layers or 0, []).append(model.name)
         span = max(at, default=1) - min(at, default=0) or 1
+        lines: dict[str, list[tuple[float, float]]] = {"pruned": [], "healed": []}
         for model, stat in shown:
             beside = at[model.layers or 0]
             # Models of equal depth stand side by side, or their intervals would hide each other.
             x = (model.layers or 0) + (beside.index(model.name) - (len(beside) - 1) / 2) * span * 0.055
             color, marker = style(model)
             _whisker(axes, stat, x, color, vertical=True)
-            axes.plot([x], [stat.value], marker, color=color, markersize=7, label=model.name, zorder=3, linestyle="")
+            axes.plot([x], [stat.value], marker, color=color, markersize=7.5, label=model.name, zorder=3, linestyle="")
+            if model.kind in FAMILIES:
+                lines[FAMILIES[model.kind]].append((x, stat.value))
+        for family, points in lines.items():
+            places, values = zip(*sorted(points), strict=True) if points else ((), ())
+            axes.plot(places, values, color=STYLES[family][0], linewidth=1.2, alpha=0.4, zorder=1)
         axes.set_xlim(min(at, default=0) - 0.16 * span, max(at, default=1) + 0.16 * span)
         axes.set_xticks(sorted(at))
         axes.set_xlabel("layers left")
@@ -156,11 +160,17 @@ def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
         return _svg(figure, f"quality-{test_set}-{metric}", f"{metric} on {test_set} against layers left")
 
 
-def plot_speed(gains: Sequence[Gain], models: Sequence[Model], ideals: dict[tuple[str, str], float], setting: str) -> str:
+def plot_speed(
+    gains: Sequence[Gain],
+    models: Sequence[Model],
+    ideals: dict[tuple[str, str], float],
+    setting: str,
+    limits: tuple[float, float],
+) -> str:
     """How many times as fast as the baseline; an open diamond is the most the smaller size could give."""
     names = [model for model in models if any(gain.model == model.name for gain in gains)]
     measures = [measure for measure in SPEED_MEASURES if any(gain.measure == measure for gain in gains)]
-    with _axes(0.95 + 0.22 * len(measures) * (len(names) + 1.2), grid="x") as (figure, axes):
+    with _axes(1.1 + 0.27 * len(measures) * (len(names) + 1), grid="x") as (figure, axes):
         axes.axvline(1, color=MUTED, linewidth=1, zorder=1)
         row, ticks = 0.0, []
         for measure in measures:
@@ -176,11 +186,9 @@ def plot_speed(gains: Sequence[Gain], models: Sequence[Model], ideals: dict[tupl
                     [gain.ratio.value], [row], marker, color=color, markersize=7, zorder=3, linestyle="",
                     label=None if known else model.name,
                 )  # fmt: skip
-                right = gain.ratio.high if gain.ratio.high is not None else gain.ratio.value
-                right = max(right, ideals.get((model.name, measure), right))
                 axes.annotate(
-                    numbers.times(gain.ratio.value), (right, row), (9, 0), textcoords="offset points", va="center",
-                    color=INK, fontsize=9.5,
+                    numbers.times(gain.ratio.value), (gain.ratio.value, row), (0, 6), textcoords="offset points",
+                    ha="center", va="bottom", color=color, fontsize=10.5, fontweight="bold",
                 )  # fmt: skip
                 if (model.name, measure) in ideals:
                     axes.plot(
@@ -197,15 +205,22 @@ def plot_speed(gains: Sequence[Gain], models: Sequence[Model], ideals: dict[tupl
             )  # fmt: skip
         axes.set_yticks([place for place, _ in ticks])
         axes.set_yticklabels([label.replace(" per second", "\nper second") for _, label in ticks])
-        axes.set_ylim(row - 1.2 + 0.1, -0.8)
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.95), high + 0.14 * (high - low))
+        axes.set_ylim(row - 1.2 + 0.1, -1.1)
+        axes.set_xlim(limits)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.set_xlabel("times as fast as the baseline; right is better")
         axes.set_title(numbers.setting(setting), pad=30)
         _legend(axes, len(names) + 1)
         return _svg(figure, f"speed-{setting}", f"Speed against the baseline, {numbers.setting(setting)}")
+
+
+def speed_limits(gains: Sequence[Gain], ideals: Sequence[float]) -> tuple[float, float]:
+    """One horizontal scale for all loads, with 1 on it."""
+    ends = [end for gain in gains for end in (gain.ratio.low, gain.ratio.value, gain.ratio.high) if end is not None]
+    low, high = min([1.0, *ends]), max([1.0, *ends, *ideals])
+    room = max(high - low, 0.02)
+    return low - 0.12 * room, high + 0.12 * room
 
 
 def plot_heal(logs: Sequence[HealLog]) -> str:
@@ -266,14 +281,11 @@ def _legend(axes: Any, entries: int) -> None:
     )
 
 
-def _running_mean(values: Iterable[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start (as Adam's moments are)."""
-    means: list[float] = []
-    total = norm = 0.0
-    for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        means.append(total / norm)
-    return means
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of a window around each value; centred, since a trailing one lags behind a falling loss."""
+    reach = max(1, len(values) // 30)
+    windows = (values[max(0, place - reach) : place + reach + 1] for place in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 @contextmanager

@@ -78,18 +78,20 @@ def speed_table(contents: Contents) -> Table:
 
 
 def comparison_table(contents: Contents) -> Table:
-    table = _table("Differences: the first less the second, 95% intervals over the same sentences")
-    for name in ("first", "second", "test set", "metric"):
-        table.add_column(name)
-    table.add_column("difference", justify="right")
-    table.add_column("95% interval", justify="right")
-    table.add_column("zero excluded")
+    table = _table("Differences, with 95% intervals over the same sentences")
+    table.add_column("models", no_wrap=True)
+    table.add_column("test\nset")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("difference", justify="right", no_wrap=True)
+    table.add_column("zero\nexcluded", no_wrap=True)
     for found in contents.comparisons:
         stat = found.difference
-        excluded = {True: f"yes, {numbers.verdict(stat)}", False: "no", None: "no interval"}[stat.excludes_zero]
-        place = (escape(found.a), escape(found.b), escape(found.test_set), escape(found.metric))
-        gap = (numbers.difference(stat, found.metric), numbers.interval(stat, found.metric, sign=True))
-        table.add_row(*place, *gap, excluded, style=None if stat.excludes_zero else "dim")
+        excluded = {True: "yes", False: "no", None: numbers.NONE}[stat.excludes_zero]
+        ends = numbers.interval(stat, found.metric, sign=True)
+        gap = numbers.difference(stat, found.metric) + (f" ({ends})" if ends else "")
+        models = escape(f"{found.a} {numbers.MINUS} {found.b}")
+        style = None if stat.excludes_zero else "dim"
+        table.add_row(models, escape(found.test_set), escape(found.metric), gap, excluded, style=style)
     return table
 
 

@@ -48,11 +48,17 @@ def cut_and_prove(context: Context, source: Path, target: Path, plan: dict[str, 
     dtype = stored_dtype(source)
     model = load_model(source, dtype)
     card = card_for(
-        context.recipe.model.name, fingerprint(source), plan["stack"], plan["removed"], context.prompt.model_dump(mode="json")
+        context.recipe.model.name,
+        fingerprint(source),
+        plan["stack"],
+        plan["removed"],
+        context.prompt.model_dump(mode="json"),
     )
     save_checkpoint(model, source, target, card, plan["removed"])
     tokenizer = load_tokenizer(source)
-    examples = (context.splits.search or context.splits.train or sum(context.splits.test.values(), []))[:PROOF_SENTENCES]
+    examples = (context.splits.search or context.splits.train or sum(context.splits.test.values(), []))[
+        :PROOF_SENTENCES
+    ]
     requests = context.prompt.requests(tokenizer, [(example.source, example.pair) for example in examples])
     seen = TransformersGenerator(model, tokenizer, context.prompt.newline).generate(requests, plan["removed"])
     del model

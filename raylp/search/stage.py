@@ -40,7 +40,9 @@ class SearchWorker(Worker):
         outputs, seconds = self.translate(
             path, facts["backend"], facts["dtype"], requests, facts["removed"], skippable=facts["backend"] == "vllm"
         )
-        statistics = metric(facts["metric"], target_language).statistics([output.text for output in outputs], references)
+        statistics = metric(facts["metric"], target_language).statistics(
+            [output.text for output in outputs], references
+        )
         line = {
             "key": score_key(facts),
             **facts,

@@ -2,22 +2,36 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylp.config import Section
 
 
 class Serve(Section):
-    """`models`: names under `models/` of the run, or all of them. The endpoint listens on `host`:`port`.
+    """`models`: names of models of the run, or all of them. The endpoint listens on `host`:`port` (0: any free one).
 
-    `cpus`: logical CPUs of a replica, `gpus`: GPUs of one; `ready_timeout_s`: how long a start may take.
+    `replicas`: of each model at least, `max_replicas`: at most, when more than `target_ongoing_requests` come at a time.
+    `cpus`: logical CPUs of a replica; `gpus`: GPUs of one (auto: one, or an equal share when there are fewer; none on a
+    cluster without). `dtype`: of weights (auto: bfloat16 on a CPU, where vLLM is quickest with it, else the run's own).
+    `max_model_len`: the most tokens of a prompt and its answer. `ready_timeout_s`: how long a start may take.
     """
 
-    models: list[str] | None = None
+    models: list[str] | None = Field(None, min_length=1)
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)
     target_ongoing_requests: int = Field(32, ge=1)
+    cpus: float = Field(1, gt=0)
+    gpus: float | Literal["auto"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int = Field(1024, ge=16)
     ready_timeout_s: float = Field(600, gt=0)
+
+    @model_validator(mode="after")
+    def _limits(self) -> "Serve":
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, less than replicas, which is {self.replicas}")
+        if self.gpus != "auto" and self.gpus < 0:
+            raise ValueError("gpus: a number of GPUs, or auto")
+        return self

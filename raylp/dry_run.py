@@ -1,0 +1,126 @@
+"""What a recipe would do and cost, from counts and a short timing of the model itself."""
+
+import time
+from typing import Any, TextIO
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from raylp import cluster
+from raylp.context import Context
+from raylp.generate.pool import WORKER_BYTES, make_generator
+from raylp.models.checkpoint import count_parameters
+from raylp.pipeline import needed_disk, open_context, wanted_stages
+from raylp.progress import Reporter
+from raylp.recipe import Recipe
+from raylp.search.greedy import layers_to_remove, num_evaluations, protected_layers
+from raylp.search.stage import stack_size
+
+TIMED_SENTENCES = 8
+TRAINING_OVER_GENERATION = 3.0  # a trained token costs a forward and a backward pass of twice the work
+START_S = {"search": 15, "prune": 20, "distill": 60, "adapt": 60, "heal": 120, "evaluate": 20, "bench": 120}
+
+
+def dry_run(recipe: Recipe, out: TextIO) -> dict[str, dict[str, Any]]:
+    """Prints, and returns, for each stage: evaluations, sentences, tokens, and estimated hours on this machine.
+
+    The estimate times the unpruned model on a few of the recipe's sentences, on all cores; broken candidates run to
+    their bound, so a search takes the bound's tokens, not the baseline's.
+    """
+    reporter = Reporter()
+    context = open_context(recipe, reporter)
+    with reporter.task("timing the model"):
+        measured = _time(context)
+    stages = estimates(context, measured)
+    table = Table(title=f"{recipe.run_dir}: what would be done", title_justify="left")
+    for column in ("stage", "evaluations", "sentences", "tokens, at most", "estimate"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, row in stages.items():
+        table.add_row(
+            name, f"{row['evaluations']:,}", f"{row['sentences']:,}", f"{row['tokens']:,}", _hours(row["hours"])
+        )
+    total = sum(row["hours"] for row in stages.values())
+    table.add_section()
+    table.add_row("all", "", "", "", _hours(total))
+    console = Console(file=out, width=None if out.isatty() else 110)
+    console.print(table)
+    parameters, size = count_parameters(context.original)
+    console.print(
+        f"model: {parameters / 1e6:,.0f}M parameters, {size / 1e9:.2f} GB; {measured['tokens_per_s']:.0f} tokens/s here, "
+        f"{measured['sentences']} sentences timed"
+    )
+    console.print(
+        f"memory: about {(size + WORKER_BYTES * min(cluster.cores(), 4)) / 1e9:.1f} GB in the search, "
+        f"{psutil.virtual_memory().available / 1e9:.1f} GB free; disk: about {needed_disk(context) / 1e9:.1f} GB"
+    )
+    return stages
+
+
+def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Per stage: `evaluations` of a model on a set, `sentences` and `tokens` to generate or train on, `hours`."""
+    recipe = context.recipe
+    per_sentence = measured["tokens_per_sentence"]
+    bound = measured["bound_per_sentence"]
+    num_layers = stack_size(context.original)
+    models = 2 + (recipe.heal is not None) * 2
+    rows: dict[str, dict[str, Any]] = {}
+    for stage in wanted_stages(recipe):
+        evaluations = sentences = 0
+        tokens = 0.0
+        scale = 1.0
+        if stage.name == "search" and recipe.search is not None and recipe.search.given is None:
+            protected = protected_layers(recipe.search.protect, num_layers)
+            count = layers_to_remove(num_layers, protected, recipe.search.layers, recipe.search.remove)
+            evaluations = num_evaluations(num_layers, len(protected), count) + 1
+            sentences = evaluations * len(context.splits.search)
+            tokens = sentences * bound
+        elif stage.name == "distill" and recipe.distill is not None:
+            sentences = min(len(context.splits.train), recipe.distill.limit or len(context.splits.train))
+            tokens = sentences * per_sentence
+        elif stage.name in ("heal", "adapt") and recipe.heal is not None:
+            both = 2 if recipe.heal.data == "both" and stage.name == "heal" else 1
+            trained = 2 if stage.name == "heal" else 1
+            sentences = len(context.splits.train) * both * recipe.heal.epochs * trained
+            tokens = sentences * per_sentence
+            scale = TRAINING_OVER_GENERATION
+        elif stage.name == "evaluate":
+            evaluations = models * len(context.splits.test)
+            sentences = models * sum(len(examples) for examples in context.splits.test.values())
+            tokens = sentences * per_sentence
+        elif stage.name == "bench" and recipe.bench is not None:
+            bench = recipe.bench
+            sentences = len(bench.models) * bench.repeats * len(bench.concurrency) * bench.requests
+            tokens = sentences * bench.output_tokens
+        seconds = START_S[stage.name] + scale * tokens / measured["tokens_per_s"]
+        rows[stage.name] = {
+            "evaluations": evaluations,
+            "sentences": sentences,
+            "tokens": round(tokens),
+            "hours": seconds / 3600,
+        }
+    return rows
+
+
+def _time(context: Context) -> dict[str, float]:
+    """Tokens a second of the unpruned model on a batch of the recipe's sentences, tokens and bound of a sentence."""
+    generator = make_generator(context.original, "transformers", context.dtype, context.prompt.newline)
+    examples = context.splits.search or context.splits.train or next(iter(context.splits.test.values()))
+    asked = [(example.source, example.pair) for example in examples[:TIMED_SENTENCES]]
+    requests = context.prompt.requests(generator.tokenizer, asked)  # type: ignore[attr-defined]
+    started = time.perf_counter()
+    outputs = generator.generate(requests)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(output.tokens) for output in outputs)
+    return {
+        "sentences": len(asked),
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_sentence": tokens / len(asked),
+        "bound_per_sentence": sum(request.max_new_tokens for request in requests) / len(asked),
+    }
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h"

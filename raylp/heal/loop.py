@@ -1,0 +1,285 @@
+"""The training loop: runs in every worker of a Ray Train run, around a DeepSpeed engine."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raylp.errors import UserError
+from raylp.heal import plan
+from raylp.heal.config import Heal
+from raylp.heal.pack import Example, loss_sum
+from raylp.heal.trainable import make_trainable, save_trained
+from raylp.models.load import load_model, load_tokenizer
+from raylp.models.stack import text_config
+
+STATE = "state.json"
+BEST = "best.safetensors"
+TAG = "engine"
+
+
+def train(job: dict[str, Any]) -> None:
+    """Trains until the plan's last step; the last checkpoint it reports holds the trained weights (`save_trained`).
+
+    `job`: `source` (checkpoint directory), `heal` (the section as a dict), `dtype`, `train` and `dev` (references to
+    lists of `Example`), `board` (an actor that is told of every step).
+    """
+    import ray
+    import ray.train
+    import torch
+
+    config = Heal.model_validate(job["heal"])
+    train_examples, dev_examples = ray.get(job["train"]), ray.get(job["dev"])
+    context = ray.train.get_context()
+    worker = _Worker(context.get_world_rank(), context.get_world_size(), config, job["board"])
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None and _state(checkpoint)["finished"]:
+        return
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    if config.matmul == "bfloat16":
+        torch.set_float32_matmul_precision("medium")
+    worker.say("loading the model")
+    device = str(ray.train.torch.get_device())
+    source = Path(job["source"])
+    model = load_model(source, job["dtype"], device)
+    worker.text_config = text_config(model)
+    worker.pad = load_tokenizer(source).pad_token_id or 0
+    worker.packed = _packing(model, worker, train_examples)
+    torch.manual_seed(config.seed)  # adapters start at random: alike on all workers
+    model = make_trainable(model, config)
+    model.train()
+    engine = _engine(model, config, job["dtype"])
+    _run(engine, worker, train_examples, dev_examples, checkpoint)
+
+
+class _Worker:
+    """This process's place in the run, and how it computes losses."""
+
+    def __init__(self, rank: int, count: int, config: Heal, board: Any) -> None:
+        self.rank = rank
+        self.count = count
+        self.config = config
+        self.board = board
+        self.text_config: Any = None
+        self.pad = 0
+        self.packed = False
+
+    def say(self, note: str) -> None:
+        """Shows `note` on the driver."""
+        if self.rank == 0:
+            self.board.say.remote(note)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Hands a finished step to the driver."""
+        if self.rank == 0:
+            self.board.add.remote(record)
+
+    def loss(self, model: Any, examples: Sequence[Example]) -> Any:
+        return loss_sum(model, examples, self.text_config, self.packed, self.pad)
+
+    def rows(self, batch: Sequence[int], examples: Sequence[Example]) -> list[list[Example]]:
+        """This worker's rows of the batch; an empty row is work for the others only."""
+        mine = plan.divide(batch, examples, self.count, self.config.row_tokens, self.packed)[self.rank]
+        return [[examples[i] for i in row] for row in mine]
+
+    def total(self, value: float) -> float:
+        """The sum of `value` over all workers."""
+        import ray.train.torch
+        import torch
+
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=ray.train.torch.get_device())
+        torch.distributed.all_reduce(tensor)
+        return tensor.item()
+
+
+def _packing(model: Any, worker: _Worker, examples: Sequence[Example]) -> bool:
+    """Whether examples can share a row in this architecture: seen, not assumed, on the first two that are alike."""
+    import torch
+
+    mode = worker.config.packing
+    if mode == "off":
+        return False
+    pair = examples[0].pair
+    two = [example for example in examples if example.pair == pair][:2]
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    with torch.no_grad():
+        apart = loss_sum(model, two, worker.text_config, False, worker.pad).item()
+        try:
+            packed = loss_sum(model, two, worker.text_config, True).item()
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+            difference, reason = float("inf"), f"{type(error).__name__}: {error}"
+        else:
+            difference = abs(packed - apart) / max(1.0, abs(apart))
+            reason = f"the loss of two examples is {packed:.4f} packed and {apart:.4f} apart"
+    if difference <= tolerance:
+        return True
+    if mode == "on":
+        raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {reason}; set it to auto or off", 1)
+    worker.say("one row for each example: this architecture cannot pack them")
+    return False
+
+
+def _engine(model: Any, config: Heal, dtype: str) -> Any:
+    """A DeepSpeed engine that adds up gradients until it is told otherwise."""
+    import deepspeed
+    import torch
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.clip,
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": config.zero_stage},
+            "steps_per_print": 10**9,
+        },
+    )
+    return engine
+
+
+def _run(
+    engine: Any, worker: _Worker, examples: Sequence[Example], dev: Sequence[Example], checkpoint: Any | None
+) -> None:
+    config = worker.config
+    steps = plan.steps(len(examples), config.batch_size, config.epochs, config.seed)
+    per_epoch = len(steps) // config.epochs
+    history: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
+    if checkpoint is not None:
+        history = _state(checkpoint)["history"]
+        best = _load(engine, checkpoint)
+    start = len(history)
+    for step in range(start + 1, len(steps) + 1):
+        if step == start + 1:
+            worker.say("learning")
+        rate = plan.learning_rate(step, len(steps), config.learning_rate, config.warmup, config.schedule)
+        epoch = (step - 1) // per_epoch + 1
+        record = {"step": step, "epoch": epoch, "lr": rate, **_step(engine, worker, examples, steps[step - 1], step, rate)}
+        if step % per_epoch == 0 and dev:
+            record["dev_loss"] = _dev_loss(engine, worker, dev)
+            if config.epochs > 1 and record["dev_loss"] < min(_dev_losses(history), default=float("inf")):
+                best = _trained(engine, worker)
+        history.append(record)
+        worker.tell(record)
+        last = step == len(steps)
+        if last or step % config.checkpoint_every == 0 or step % per_epoch == 0:
+            final = (best or _trained(engine, worker)) if last else None
+            _report(engine, worker, history, best, final)
+
+
+def _step(
+    engine: Any, worker: _Worker, examples: Sequence[Example], batch: Sequence[int], step: int, rate: float
+) -> dict[str, Any]:
+    """One optimiser step; mean loss (nats per target token), target tokens and seconds.
+
+    Every token of the batch counts the same, whichever worker and row it is in: the sum over a row is divided by the
+    target tokens of the whole batch, and multiplied by the number of workers because DeepSpeed takes the mean over them.
+    """
+    import torch
+
+    began = time.monotonic()
+    torch.manual_seed(hash((worker.config.seed, step, worker.rank)) % 2**31)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    tokens = sum(len(examples[i].target) for i in batch)
+    rows = worker.rows(batch, examples)
+    total = 0.0
+    for place, row in enumerate(rows):
+        engine.set_gradient_accumulation_boundary(place == len(rows) - 1)
+        # An empty row still computes, for nothing: the other workers wait in the same collective operations.
+        loss = worker.loss(engine, row or [examples[batch[0]]]) * (1.0 if row else 0.0)
+        total += loss.item()
+        engine.backward(loss * (worker.count / tokens))
+    engine.step()
+    loss = worker.total(total) / tokens
+    if loss != loss:
+        raise UserError(f"healing: the loss is not a number at step {step}: lower heal.learning_rate", 1)
+    return {"loss": loss, "tokens": tokens, "seconds": round(time.monotonic() - began, 3)}
+
+
+def _dev_loss(engine: Any, worker: _Worker, dev: Sequence[Example]) -> float:
+    """Mean loss over all target tokens of the development pairs."""
+    import torch
+
+    engine.eval()
+    total = 0.0
+    with torch.no_grad():
+        # As many rows at a time as there are workers, so that short and long ones even out.
+        rows = worker.rows(range(len(dev)), dev)
+        for place, row in enumerate(rows):
+            loss = worker.loss(engine, row or [dev[0]]).item()
+            total += loss if row else 0.0
+            worker.say(f"dev {place + 1}/{len(rows)}")
+    engine.train()
+    return worker.total(total) / sum(len(example.target) for example in dev)
+
+
+def _dev_losses(history: Sequence[dict[str, Any]]) -> Iterator[float]:
+    return (record["dev_loss"] for record in history if "dev_loss" in record)
+
+
+def _trained(engine: Any, worker: _Worker) -> dict[str, Any]:
+    """Copies of the trained weights by name, whole; nothing on workers other than the first."""
+    import deepspeed
+
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=worker.config.zero_stage == 3):
+        if worker.rank != 0:
+            return {}
+        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in named}
+
+
+def _report(
+    engine: Any,
+    worker: _Worker,
+    history: list[dict[str, Any]],
+    best: dict[str, Any] | None,
+    final: dict[str, Any] | None,
+) -> None:
+    """Hands a checkpoint to Ray Train: every worker its part of the engine's state, the first one the rest."""
+    import ray.train
+    from safetensors.torch import save_file
+
+    with _scratch() as directory:
+        engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=True)
+        if worker.rank == 0:
+            if best:
+                save_file(best, directory / BEST)
+            if final is not None:
+                save_trained(engine.module, final, directory)
+            (directory / STATE).write_text(json.dumps({"finished": final is not None, "history": history}))
+        whole = ray.train.Checkpoint.from_directory(directory) if any(directory.iterdir()) else None
+        ray.train.report({"step": history[-1]["step"], "loss": history[-1]["loss"]}, checkpoint=whole)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="raylp-heal-") as directory:
+        yield Path(directory)
+
+
+def _state(checkpoint: Any) -> dict[str, Any]:
+    with checkpoint.as_directory() as directory:
+        return json.loads((Path(directory) / STATE).read_text())
+
+
+def _load(engine: Any, checkpoint: Any) -> dict[str, Any] | None:
+    """Puts the engine where it was; the weights of the best epoch so far, if they are another's."""
+    from safetensors.torch import load_file
+
+    with checkpoint.as_directory() as directory:
+        engine.load_checkpoint(directory, tag=TAG, load_module_strict=False)
+        best = Path(directory) / BEST
+        return load_file(best) if best.exists() else None

@@ -1,0 +1,68 @@
+"""Which examples belong to which step, worker and row, and how fast each step learns. Fixed before the start.
+
+Everything follows from the seed and the number of examples, so a run that was interrupted goes on with the same steps,
+and every worker knows the shares of all others without asking.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+from raylp.heal.pack import Example, packed_length
+
+
+def steps(num_examples: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The example numbers of every optimiser step; each epoch has all examples once, in an order of its own."""
+    plan = []
+    for epoch in range(epochs):
+        order = list(range(num_examples))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        plan += [order[start : start + batch_size] for start in range(0, num_examples, batch_size)]
+    return plan
+
+
+def divide(
+    batch: Sequence[int], examples: Sequence[Example], num_workers: int, row_tokens: int, packed: bool
+) -> list[list[list[int]]]:
+    """The batch as [worker][row] lists of example numbers: as many rows for every worker, some perhaps empty.
+
+    Workers compute in lockstep (ZeRO-3 gathers weights in every forward pass), so the counts of rows must agree. Long
+    and short examples are dealt in turn, so that all workers have about as much to do.
+    """
+    by_length = sorted(batch, key=lambda i: (-examples[i].length, i))
+    shares: list[list[int]] = [[] for _ in range(num_workers)]
+    for place, example in enumerate(by_length):
+        turn, worker = divmod(place, num_workers)
+        shares[worker if turn % 2 == 0 else num_workers - 1 - worker].append(example)
+    divided = [_rows(share, examples, row_tokens, packed) for share in shares]
+    longest = max(len(rows) for rows in divided)
+    return [rows + [[]] * (longest - len(rows)) for rows in divided]
+
+
+def _rows(share: Sequence[int], examples: Sequence[Example], row_tokens: int, packed: bool) -> list[list[int]]:
+    """Neighbours of like language pair and length together, as many as stay within `row_tokens`; one at the least."""
+    rows: list[list[int]] = []
+    for index in sorted(share, key=lambda i: (examples[i].pair, examples[i].length, i)):
+        if rows and _size([examples[i] for i in (*rows[-1], index)], packed) <= row_tokens:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def _size(examples: Sequence[Example], packed: bool) -> int:
+    return packed_length(examples) if packed else len(examples) * max(example.length for example in examples)
+
+
+def learning_rate(step: int, num_steps: int, peak: float, warmup: float, schedule: str) -> float:
+    """Of optimiser step `step` (from 1): up over the first `warmup` share of the steps, then as `schedule` says.
+
+    `linear` and `cosine` come down to nothing right after the last step.
+    """
+    rising = math.ceil(warmup * num_steps)
+    if step <= rising:
+        return peak * step / rising
+    if schedule == "constant":
+        return peak
+    gone = (step - rising - 1) / max(1, num_steps - rising)
+    return peak * ((1 - gone) if schedule == "linear" else (1 + math.cos(math.pi * gone)) / 2)

@@ -1,0 +1,295 @@
+"""The page of a run: one file that loads nothing from elsewhere."""
+
+from importlib.resources import files
+from typing import Any, TextIO
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+
+from raylp.report import facts as derive
+from raylp.report import numbers, plots
+from raylp.report.contents import STAGE_NAMES, Contents, Stat, Translation, read_contents
+from raylp.report.facts import Facts
+from raylp.report.tables import print_tables
+from raylp.rundir import RunDir
+
+PAGE = "report/index.html"
+# Shown at once, and shown when asked for; a test set may have thousands, which would make the page slow to open.
+SENTENCES_SHOWN = 12
+SENTENCES_AT_MOST = 300
+ROUNDS_SHOWN = 6
+
+
+def report(rundir: RunDir, out: TextIO | None) -> str:
+    """Writes the page and returns its path; to `out`, where given, go the tables and then the path.
+
+    Raises:
+        UserError: the directory is not a run's, or one of its files cannot be read.
+    """
+    contents = read_contents(rundir)
+    rundir.write_text(PAGE, render_page(contents))
+    path = rundir.uri(PAGE)
+    if out is not None:
+        print_tables(rundir, Console(file=out))
+        print(f"\n{path}", file=out)
+    return path
+
+
+def render_page(contents: Contents) -> str:
+    """The page as HTML; the same contents give the same text."""
+    facts = derive.find_facts(contents)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        name: getattr(numbers, name)
+        for name in (
+            "anything", "count", "duration", "layers", "milliseconds", "params", "percent", "rate", "setting", "size",
+            "times", "words",
+        )
+    }  # fmt: skip
+    environment.globals |= {"score": numbers.score, "interval": numbers.interval, "difference": numbers.difference}
+    environment.globals |= {"verdict": numbers.verdict, "span": span, "change": change}
+    template = environment.from_string(_resource("page.html.jinja"))
+    return template.render(
+        css=Markup(_resource("page.css")),
+        run=contents,
+        facts=facts,
+        plan=contents.plan,
+        tiles=tiles(contents, facts),
+        drawings=drawings(contents, facts),
+        places=places(contents),
+        kept=derive.main_kept(contents, facts.kept),
+        kept_by={(found.test_set, found.metric): found for found in facts.kept},
+        settings=contents.settings,
+        translations=sentences(contents),
+        stages=stages(contents),
+        splits=splits(contents),
+        details=details(contents),
+        model_name=model_name(contents),
+        descriptions=descriptions(contents),
+        reference_words=derive.reference_words,
+        friendly=derive.friendly_metric,
+        metric=derive.main_metric(contents) or "chrF2++",
+        search_metric=search_metric(contents),
+        resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
+        rounds_shown=ROUNDS_SHOWN,
+    )
+
+
+def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
+    """The key figures: label, value, and what is needed to read it."""
+    plan, cut, whole = contents.plan, facts.cut, contents.model("baseline")
+    found = []
+    if plan:
+        found.append(_tile("Layers", f"{plan.num_layers} → {len(plan.kept)}", f"{len(plan.removed)} removed"))
+    if cut and whole and cut.params and whole.params:
+        smaller = numbers.percent(1 - cut.params / whole.params)
+        sizes = ""
+        if cut.bytes and whole.bytes:
+            sizes = f"; {numbers.from_to(numbers.size(whole.bytes), numbers.size(cut.bytes))}"
+        value = numbers.from_to(numbers.params(whole.params), numbers.params(cut.params))
+        found.append(_tile("Parameters", value, f"{smaller} fewer{sizes}"))
+    shown = derive.main_kept(contents, facts.kept)
+    if shown:
+        worst = min(shown, key=lambda kept: kept.share.value)
+        ends = share_interval(worst.share)
+        metric = derive.friendly_metric(worst.metric)
+        lowest = ", the lowest of the test sets" if len(shown) > 1 else ""
+        found.append(
+            _tile(
+                "Quality kept",
+                numbers.percent(worst.share.value, 1),
+                f"{ends + ' ' if ends else ''}of {worst.reference}’s {metric} on {worst.test_set}{lowest}",
+            )
+        )
+    gain = derive.main_gain(contents, facts.gains, cut.name) if cut else None
+    if gain:
+        best = derive.ideal(contents, gain.model, gain.measure)
+        note = f"{numbers.milliseconds(gain.was)} → {numbers.milliseconds(gain.now)} ms per token"
+        note += f", {numbers.setting(gain.setting)}" + (f"; ideal {numbers.times(best)}" if best else "")
+        found.append(_tile("Decoding speed", numbers.times(gain.ratio.value), note))
+    spent = sum(seconds_by_stage(contents).values())
+    if spent:
+        busy = sum(float(stage.get("gpu_seconds") or 0) for stage in stage_entries(contents).values())
+        note = f"{numbers.duration(busy)} of GPU time" if busy else "all stages, on the CPU"
+        found.append(_tile("Time taken", numbers.duration(spent), note))
+    return found
+
+
+def _tile(label: str, value: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": value, "note": note}
+
+
+def share_interval(share: Stat) -> str:
+    """`(90.2 to 96.0%)`."""
+    if share.low is None or share.high is None:
+        return ""
+    return f"({numbers.fixed(100 * share.low)} to {numbers.percent(share.high, 1)})"
+
+
+def span(stat: Stat | None) -> str:
+    """The interval of a measurement in three digits; nothing without one."""
+    if stat is None or stat.low is None or stat.high is None:
+        return ""
+    return f"{numbers.significant(stat.low)} to {numbers.significant(stat.high)}"
+
+
+def change(after: Stat, before: Stat, metric: str) -> str:
+    return numbers.difference(Stat(after.value - before.value), metric)
+
+
+def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
+    """Plots by section; a list is empty when there is nothing to draw."""
+    drawn: dict[str, list[str]] = {"rounds": [], "quality": [], "speed": [], "heal": [], "seconds": []}
+    plan = contents.plan
+    if plan:
+        scored = [round_ for round_ in plan.rounds if round_.ranked]
+        limits = plots.round_limits(scored, plan.baseline)
+        metric = search_metric(contents)
+        drawn["rounds"] = [plots.plot_round(each, plan.num_layers, plan.baseline, limits, metric) for each in scored]
+    deep = [model for model in contents.models if model.layers is not None]
+    if len({model.layers for model in deep if model.scores}) > 1:
+        drawn["quality"] = [plots.plot_quality(deep, *place) for place in places(contents)]
+    gains = [gain for gain in facts.gains if gain.measure != "e2e_ms"]
+    ideals = {
+        (gain.model, gain.measure): best
+        for gain in gains
+        if gain.model != "baseline-healed" and (best := derive.ideal(contents, gain.model, gain.measure))
+    }
+    limits = plots.speed_limits(gains, list(ideals.values()))
+    for setting in contents.settings:
+        these = [gain for gain in gains if gain.setting == setting]
+        if these:
+            drawn["speed"].append(plots.plot_speed(these, contents.models, ideals, setting, limits))
+    if contents.heal:
+        drawn["heal"] = [plots.plot_heal(contents.heal)]
+    seconds = seconds_by_stage(contents)
+    if seconds:
+        drawn["seconds"] = [plots.plot_seconds(seconds)]
+    return {section: [Markup(svg) for svg in svgs] for section, svgs in drawn.items()}
+
+
+def places(contents: Contents) -> list[tuple[str, str]]:
+    """(test set, metric) of every score."""
+    found = [(test_set, metric) for test_set in contents.test_sets for metric in contents.metrics]
+    return [place for place in found if any(model.score(*place) for model in contents.models)]
+
+
+def sentences(contents: Contents) -> dict[str, tuple[list[Translation], list[Translation], int]]:
+    """By test set: those shown, those folded away, and how many are in the files only."""
+    return {
+        name: (
+            rows[:SENTENCES_SHOWN],
+            rows[SENTENCES_SHOWN:SENTENCES_AT_MOST],
+            max(0, len(rows) - SENTENCES_AT_MOST),
+        )
+        for name, rows in contents.translations.items()
+    }
+
+
+def stage_entries(contents: Contents) -> dict[str, dict[str, Any]]:
+    """What the manifest has on each stage, in the order in which stages run."""
+    found = {
+        name: entry for name, entry in _mapping(contents.manifest.get("stages")).items() if isinstance(entry, dict)
+    }
+    known = [name for name in STAGE_NAMES if name in found]
+    return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
+
+
+def seconds_by_stage(contents: Contents) -> dict[str, float]:
+    entries = stage_entries(contents)
+    return {name: float(entry["seconds"]) for name, entry in entries.items() if entry.get("seconds") is not None}
+
+
+def stages(contents: Contents) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "seconds": entry.get("seconds"),
+            "gpu_seconds": entry.get("gpu_seconds"),
+            "finished": str(entry.get("finished") or "")[:16].replace("T", " "),
+            "summary": [(str(key), value) for key, value in _mapping(entry.get("summary")).items()],
+        }
+        for name, entry in stage_entries(contents).items()
+    ]
+
+
+def splits(contents: Contents) -> list[dict[str, Any]]:
+    """A row for each corpus and split: how many sentences, and the hash of their text."""
+    rows = []
+    for corpus, entry in _mapping(contents.manifest.get("data")).items():
+        for split, found in _mapping(entry).items():
+            if isinstance(found, dict) and "n" in found:
+                pair = entry.get("pair") or ""
+                sha = str(found.get("sha256") or "")
+                rows.append({"corpus": corpus, "pair": pair, "split": split, "n": found["n"], "sha256": sha})
+    return rows
+
+
+def details(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Where the figures come from: groups of names and values."""
+    manifest, bench = contents.manifest, contents.bench
+    signatures = {
+        metric: stat.signature
+        for model in contents.models
+        for scores in model.scores.values()
+        for metric, stat in scores.items()
+        if stat.signature
+    }
+    decoding = {}
+    if contents.plan:
+        decoding = {"search backend": contents.plan.backend, "search dtype": contents.plan.dtype}
+    groups = {
+        "Run": {"directory": contents.url, "created": manifest.get("created"), "raylp": manifest.get("raylp")},
+        "Model": _mapping(manifest.get("model")),
+        "Machine": _mapping(manifest.get("machine")),
+        "Machine of the speed figures": {} if bench.get("machine") == manifest.get("machine") else bench.get("machine"),
+        "Versions": _mapping(manifest.get("versions")),
+        "Seeds": _mapping(manifest.get("seeds")),
+        "Metric signatures": signatures,
+        "Search": {name: value for name, value in decoding.items() if value},
+    }
+    exact = {"Model": ("fingerprint",), "Seeds": None}
+    return [
+        (group, [(numbers.words(str(key)), _exactly(value, exact.get(group, ()), key)) for key, value in pairs.items()])
+        for group, mapping in groups.items()
+        if (pairs := {key: value for key, value in _mapping(mapping).items() if value not in (None, "", [], {})})
+    ]
+
+
+def _exactly(value: Any, exact: tuple[str, ...] | None, key: str) -> str:
+    """Seeds and hashes are names, not amounts: no separators in them."""
+    return str(value) if exact is None or key in exact else numbers.anything(value)
+
+
+def model_name(contents: Contents) -> str:
+    for value in (_mapping(contents.manifest.get("model")).get("name"), contents.recipe.get("model")):
+        name = value.get("name") if isinstance(value, dict) else value
+        if name:
+            return str(name)
+    return contents.plan.model if contents.plan else ""
+
+
+def search_metric(contents: Contents) -> str:
+    return str(_mapping(contents.recipe.get("search")).get("metric") or "chrF2++")
+
+
+def descriptions(contents: Contents) -> list[tuple[str, str]]:
+    """What each name of a model stands for."""
+    adapted = contents.adapted_first
+    known = {
+        "baseline": "fine-tuned (adapted) before pruning, no layer removed" if adapted else "the model as it came",
+        "original": "the model as it came, neither fine-tuned nor pruned",
+        "baseline-healed": "no layer removed, healed on the same data in the same way as the pruned one",
+        "pruned": "layers removed, not trained afterwards",
+        "healed": "layers removed, then healed",
+    }
+    return [(model.name, known[model.kind]) for model in contents.models if model.kind in known]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _resource(name: str) -> str:
+    return (files("raylp.report") / name).read_text(encoding="utf-8")

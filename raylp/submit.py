@@ -1,0 +1,84 @@
+"""A run as a Ray job: the project directory goes along, the log comes back."""
+
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TextIO
+
+from raylp.errors import UserError
+from raylp.recipe import load_recipe
+
+POLL_S = 1.0
+NEVER_SENT = [
+    ".git",
+    ".venv",
+    ".venv-comet",
+    "runs",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "__pycache__",
+    "build",
+]
+
+
+def job_entrypoint(recipe: str, overrides: list[str], python: str) -> str:
+    """The shell command of the job; `recipe` is relative to the directory that is sent.
+
+    `python` is named because `ray job submit` runs whatever `python` is first on the head's PATH, which need not be
+    the one with Ray in it; jobs/run.py says so when it is the wrong one.
+    """
+    sets = [part for override in overrides for part in ("--set", override)]
+    return shlex.join([python, "jobs/run.py", recipe, *sets])
+
+
+def submit(recipe: Path, overrides: list[str], address: str, python: str, follow: bool, out: TextIO) -> int:
+    """Submits the recipe to the cluster at `address`; with `follow`, writes the job's log to `out` until it ends.
+
+    Returns 0 when the job succeeded (or was submitted, without `follow`), else 1.
+
+    Raises:
+        UserError: the recipe is wrong, is not below the current directory, or the cluster does not answer.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    load_recipe(recipe, overrides)
+    root = Path.cwd()
+    try:
+        inside = recipe.resolve().relative_to(root)
+    except ValueError as error:
+        raise UserError(
+            f"recipe {recipe} is not below {root}, which is what the job is sent: run submit from its root"
+        ) from error
+    if not (root / "jobs" / "run.py").exists():
+        raise UserError(f"{root} has no jobs/run.py: run submit from the project's root directory")
+    os.environ.setdefault("RAY_RUNTIME_ENV_WORKING_DIR_CACHE_SIZE_GB", "2")
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=job_entrypoint(str(inside), overrides, python),
+            runtime_env={"working_dir": str(root), "excludes": NEVER_SENT, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"no Ray dashboard answers at {address} ({_short(error)}): start Ray, or check --address", 1
+        ) from error
+    print(f"job {job}", file=out, flush=True)
+    if not follow:
+        return 0
+    written = 0
+    while True:
+        status = client.get_job_status(job)
+        log = client.get_job_logs(job)
+        out.write(log[written:])
+        out.flush()
+        written = len(log)
+        if status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+            print(f"job {job}: {status.value.lower()}", file=out)
+            return 0 if status == JobStatus.SUCCEEDED else 1
+        time.sleep(POLL_S)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,72 @@
+"""Recipes are checked whole, before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from raylp.errors import UserError
+from raylp.recipe import differences, dump_recipe, load_recipe, parse_recipe
+
+ROOT = Path(__file__).parent.parent
+GOOD = {"model": "a/b", "data": {"en-de": {"test": "t.tsv"}}, "search": {"remove": 3}, "run_dir": "runs/x"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_own_recipes(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(__import__("yaml").safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"serch": {}}, "unknown key 'serch'; did you mean 'search'?"),
+        ({"search": {"remove": 1, "protekt": []}}, "unknown key 'search.protekt'; did you mean 'protect'?"),
+        ({"data": {"en-de": {"tets": "t.tsv", "test": "t.tsv"}}}, "unknown key 'data.en-de.tets'; did you mean 'test'?"),
+        ({"search": {"remove": "many"}}, "search.remove: Input should be a valid integer"),
+        ({"search": {"remove": 1, "layers": 2}}, "set one of layers"),
+        ({"search": None}, "search"),
+        ({"heal": {"method": "magic"}}, "heal.method: Input should be 'lora' or 'full'"),
+        ({"data": {}}, "data"),
+        ({"data": {"en-de": {}}}, "no files"),
+        ({"data": {"en-de": {"path": "x.tsv"}}}, "path and cut belong together"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict, said: str) -> None:
+    if change == {"search": None}:
+        assert parse_recipe({**GOOD, **change}).search is None
+        return
+    with pytest.raises(UserError) as error:
+        parse_recipe({**GOOD, **change}, "my.yaml")
+    assert said in str(error.value) and str(error.value).startswith("my.yaml: ")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_keys() -> None:
+    with pytest.raises(UserError, match="'model' is missing; 'run_dir' is missing"):
+        parse_recipe({"data": GOOD["data"]})
+
+
+def test_overrides_and_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: ./m\ndata: {en-de: {test: t.tsv}}\nrun_dir: runs/x\nheal:\n")
+    recipe = load_recipe(path, ["search.remove=2", "heal.lora.rank=4", "model.dtype=float32"])
+    assert recipe.search is not None and recipe.search.remove == 2
+    assert recipe.heal is not None and recipe.heal.lora.rank == 4
+    assert recipe.model.name == str(tmp_path / "m") and recipe.model.dtype == "float32"
+    assert recipe.data["en-de"].test == str(tmp_path / "t.tsv")
+    for wrong in ("search", "model.name.x.y=1"):
+        with pytest.raises(UserError, match="--set"):
+            load_recipe(path, [wrong])
+    path.write_text("model: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="is not there"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_only_free_sections_may_change() -> None:
+    old = parse_recipe(GOOD)
+    assert differences(old, parse_recipe({**GOOD, "bench": {"requests": 3}, "resources": {"workers": 2}})) == []
+    assert differences(old, parse_recipe({**GOOD, "search": {"remove": 4}})) == [("search.remove", 3, 4)]
+    assert ("heal.epochs", None, 1) in differences(old, parse_recipe({**GOOD, "heal": {}}))

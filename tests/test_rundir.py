@@ -1,0 +1,121 @@
+"""The run directory: whole files, one driver, complete directories."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raylp.errors import UserError
+from raylp.generate.base import Request, StopRule, loops
+from raylp.ledger import Ledger, block_hash, score_facts, score_key, write_segment
+from raylp.rundir import RunDir
+
+HOLD = "import sys, time; from raylp.rundir import RunDir; d = RunDir(sys.argv[1])\nwith d.lock(): print('held', flush=True); time.sleep(60)"
+
+
+def hold(path: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture(params=["local", "memory"])
+def rundir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.setenv("RAYLP_CACHE", str(tmp_path / "cache"))
+    return RunDir(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_files_and_directories(rundir: RunDir) -> None:
+    rundir.check_writable()
+    rundir.write_json("a/b.json", {"é": 1})
+    assert rundir.read_json("a/b.json") == {"é": 1}
+    assert not rundir.complete("models/x")
+    with rundir.building("models/x") as path:
+        (path / "weights").write_bytes(b"1234")
+        assert not rundir.exists("models/x")
+    assert rundir.complete("models/x")
+    assert (rundir.local("models/x") / "weights").read_bytes() == b"1234"
+    rundir.remove("models/x/weights")
+    assert not rundir.complete("models/x")
+
+
+def test_a_directory_that_fails_leaves_nothing(rundir: RunDir) -> None:
+    with pytest.raises(RuntimeError), rundir.building("models/x") as path:
+        (path / "weights").write_bytes(b"1234")
+        raise RuntimeError
+    assert rundir.names("models") == []
+
+
+def test_another_driver_is_refused_until_it_dies(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    with pytest.raises(UserError, match=f"in use by process {process.pid} on"), RunDir(str(tmp_path)).lock():
+        pass
+    process.kill()
+    process.wait()
+    with RunDir(str(tmp_path)).lock():
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_lease_from_another_machine_runs_out(tmp_path: Path) -> None:
+    lease = {"host": "elsewhere", "pid": 1, "started": 0, "token": "t", "expires": time.time() + 30}
+    (tmp_path / "lock.json").write_text(json.dumps(lease))
+    with pytest.raises(UserError, match="on elsewhere"), RunDir(str(tmp_path)).lock():
+        pass
+    (tmp_path / "lock.json").write_text(json.dumps({**lease, "expires": time.time() - 1}))
+    with RunDir(str(tmp_path)).lock():
+        pass
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDir(str(tmp_path / "file" / "run")).check_writable()
+    with pytest.raises(UserError, match=r"GB are needed, .* GB are free"):
+        RunDir(str(tmp_path)).check_writable(10**16)
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+    rundir = RunDir(str(tmp_path / "run"))
+    rundir.write_text("plan.json", "old")
+    target = Path(rundir.full("plan.json"))
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "from raylp.rundir import RunDir; RunDir(sys.argv[1]).write_text('plan.json', 'x' * 5000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, rundir.url], capture_output=True, text=True, check=False)
+    assert "cannot write" in done.stderr and "free space" in done.stderr
+    assert target.read_text() == "old" and [p.name for p in target.parent.iterdir()] == ["plan.json"]
+
+
+def test_ledger_and_shared_cache(tmp_path: Path) -> None:
+    first, second, cache = (RunDir(str(tmp_path / name)) for name in ("one", "two", "cache"))
+    facts = score_facts("m", [3, 1], "b", "chrF2++", "transformers", "float32", "greedy")
+    assert score_key(facts) == score_key(score_facts("m", [1, 3], "b", "chrF2++", "transformers", "float32", "greedy"))
+    line = {"key": score_key(facts), **facts, "statistics": [[1, 2]]}
+    write_segment(first, [line])
+    ledger = Ledger(first, cache)
+    assert ledger.find(line["key"]) == line and ledger.find("other") is None
+    ledger.remember(line)
+    assert Ledger(second).find(line["key"]) is None
+    assert Ledger(second, cache).find(line["key"]) == line
+    assert Ledger(second).find(line["key"]) == line
+
+
+def test_a_block_is_what_is_asked() -> None:
+    asked = [Request((1, 2), 5)]
+    assert block_hash(asked, ["x"]) != block_hash([Request((1, 2), 6)], ["x"]) != block_hash(asked, ["y"])
+
+
+def test_where_a_translation_ends() -> None:
+    rule = StopRule(frozenset({0}))
+    assert rule.cut([5, 6, 0, 7]) == ((5, 6, 0), "stop")
+    assert rule.cut([5, 6, 7]) == ((5, 6, 7), "length")
+    assert rule.cut([9, *[5, 6] * 20])[1] == "loop"
+    assert loops([4] * 12) and not loops([4] * 11)
+    assert loops([1, 2, 3] * 4) and not loops([1, 2, 3, 4] * 3)
