@@ -21,7 +21,7 @@ from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
 from raylp.models.checkpoint import count_parameters
-from raylp.models.source import fingerprint, locate
+from raylp.models.source import fingerprint, licence, locate
 from raylp.progress import Reporter
 from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
@@ -293,7 +293,7 @@ def open_manifest(context: Context) -> dict[str, Any]:
         "model": {
             "name": context.recipe.model.name,
             "fingerprint": fingerprint(context.original),
-            "licence": _licence(context.original),
+            "licence": licence(context.original),
             "layers": stack_size(context.original),
             "parameters": parameters,
             "bytes": size,
@@ -360,11 +360,6 @@ def _data_entry(context: Context) -> dict[str, Any]:
     splits = context.splits
     shared = {name: entry(getattr(splits, name)) for name in ("search", "train", "dev")}
     return {**shared, **{f"test {name}": entry(examples) for name, examples in splits.test.items()}}
-
-
-def _licence(path: Path) -> str | None:
-    note = path / "LICENCE.txt"
-    return note.read_text().strip() if note.exists() else None
 
 
 def _versions() -> dict[str, str]:

@@ -100,7 +100,7 @@ class Resources(Section):
 
 
 class Recipe(Section):
-    """The whole of it. A section that is missing is a stage that is not run."""
+    """The whole of it. A section that is missing (or `false`) is a stage that is not run."""
 
     model: Model
     data: dict[str, Corpus] = Field(min_length=1)
@@ -120,8 +120,9 @@ class Recipe(Section):
     def _short_forms(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("model"), str):
             value = {**value, "model": {"name": value["model"]}}
-        if isinstance(value, dict):
-            value = {**value, **{stage: {} for stage in _EMPTY_STAGES if stage in value and value[stage] is None}}
+        if isinstance(value, dict):  # `heal:` with nothing below is a stage with defaults, `heal: false` is none
+            filled = {stage: {} for stage in _EMPTY_STAGES if stage in value and value[stage] is None}
+            value = {key: entry for key, entry in {**value, **filled}.items() if entry is not False}
         return value
 
 
@@ -174,7 +175,8 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, defaults included, in the order of its sections."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    sections = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:

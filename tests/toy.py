@@ -3,11 +3,11 @@
 The source language puts the adjective before its noun and the verb between subject and object; the target language puts
 the adjective after its noun, makes it agree with the noun's class, and puts the verb last:
 
-    gofa  tize  beru  mopi    ->    zalo  remira  koti  busa
-    (adj  noun  verb  noun)         (noun adj+ra  noun  verb)
+    vuni       gana  pamo  kasa    ->    kulo  nikura     pone  delo
+    adjective  noun  verb  noun          noun  adjective  noun  verb
 
-``toy_model`` trains a small Llama on it in seconds and adds two layers that compute nothing. Two others were trained so
-that either may be missing, but not both. ``TRUTH`` names them, so a search for ``TRUTH.num_removable`` layers has a known
+``toy_model`` trains a small model on it in seconds. Some of its layers are dead: they compute nothing. Two are twins:
+either may be missing, but not both. ``TRUTH`` names them, so a search for ``TRUTH.num_removable`` layers has a known
 answer: every dead layer and exactly one twin.
 
 ``tiny_random`` writes untrained checkpoints of many families, for what must hold whatever a model has learned.
@@ -42,7 +42,7 @@ from transformers import (
 # The blank before the target belongs to the target, as byte-level tokenizers split it: prompt + " " + target + "\n".
 TOY_TEMPLATE = "{source} ="
 TOY_STOP = "\n"
-TOY_SEED = 1
+TOY_SEED = 3
 SPLIT_SIZES = {"search": 48, "train": 200, "dev": 24, "test": 64}
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -114,9 +114,10 @@ def _sentence(rng: random.Random) -> tuple[str, str]:
     return " ".join(source), " ".join(target)
 
 
-def toy_pairs(n: int, seed: int, exclude: frozenset[str] | set[str] = frozenset()) -> list[dict[str, str]]:
+def toy_pairs(n: int, seed: int, exclude: Collection[str] = ()) -> list[dict[str, str]]:
     """``n`` rows ``{"id", "source", "target"}``, no source twice and none that is in ``exclude``."""
-    rng, pairs = random.Random(seed), {}
+    rng = random.Random(seed)
+    pairs: dict[str, str] = {}
     while len(pairs) < n:
         source, target = _sentence(rng)
         if source not in exclude:
@@ -170,8 +171,8 @@ def toy_tokenizer(add_bos: bool = False, **special_tokens: str) -> PreTrainedTok
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        **special_tokens,
         model_max_length=256,
+        **special_tokens,
     )
 
 
@@ -225,7 +226,7 @@ _GEMMA = {**_MIXED, "head_dim": 32, "query_pre_attn_scalar": 32}
 FAMILIES: dict[str, dict[str, Any]] = {  # what is not the same for all; layer_types is a pattern that repeats
     "llama": {"head_dim": 32},
     "qwen2": {},
-    "qwen2_sliding": {**_MIXED, "use_sliding_window": True},  # vLLM has no mixed layers for this family
+    "qwen2_sliding": {**_MIXED, "use_sliding_window": True},  # vLLM refuses mixed layers in this family
     "qwen3": {"head_dim": 32},
     "mistral": {"head_dim": 32, "sliding_window": SLIDING_WINDOW},
     "mixtral": {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -238,16 +239,16 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what is not the same for all; layer_t
     "gpt2": {},
     "opt": {"word_embed_proj_dim": 64},
 }
-GAIN = 2.0
+GAIN = 2.0  # of the random matrices
 ADD_BOS = {"llama", "mistral", "mixtral", "gemma2", "gemma3_text", "gemma3", "cohere", "cohere2", "opt"}
 
 
 def _config(kind: str, num_layers: int, hidden_size: int) -> PreTrainedConfig:
     """A small configuration of a family: heads of 32, the smallest vLLM has, and half as many keys where it may."""
     tokenizer, heads = toy_tokenizer(), hidden_size // 32
-    # OPT's feed-forward layer and GPT-2's differ in name only; both have a key for every head.
+    # In OPT and GPT-2 it has another name, and every head has its own key.
     feed_forward = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(kind, "intermediate_size")
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
@@ -273,8 +274,8 @@ def _config(kind: str, num_layers: int, hidden_size: int) -> PreTrainedConfig:
         "patch_size": PATCH_SIZE,
         "vision_use_head": False,
     }
-    text = transformers.Gemma3TextConfig(**{**options, "vocab_size": len(tokenizer) + len(IMAGE_PIECES)})
-    boi, eoi, image = range(len(tokenizer), text.vocab_size)
+    boi, eoi, image = (len(tokenizer) + i for i in range(len(IMAGE_PIECES)))
+    text = transformers.Gemma3TextConfig(**{**options, "vocab_size": image + 1})
     return transformers.Gemma3Config(
         text_config=text,
         vision_config=transformers.SiglipVisionConfig(**vision),
@@ -290,17 +291,16 @@ def _config(kind: str, num_layers: int, hidden_size: int) -> PreTrainedConfig:
 
 # --- training ---
 
-STEPS, STEPS_TO_LEARN, BATCH_SIZE, LEARNING_RATE = 340, 200, 32, 4e-3
+STEPS, STEPS_TO_LEARN, BATCH_SIZE, LEARNING_RATE = 340, 200, 24, 4e-3
 
 
 def _train(kind: str, seed: int) -> PreTrainedModel:
     """A model whose core layers are trained on the language pair, and whose dead layers add nothing.
 
-    One twin or none is left out at every step, so that either will do. Small networks left alone use some layers little,
-    or only one of two: so, once the task is learned, they also learn to forget what ``TRUTH.forgotten`` says, where the
-    layers it says that of are left out.
+    One twin or none is left out at every step, so that either will do. A small network left alone may not need all its
+    layers. So, once it knows the task, it also learns to do without the knowledge that ``TRUTH.forgotten`` ascribes to
+    some layers where those are left out.
     """
-    torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = toy_tokenizer()
     model = AutoModelForCausalLM.from_config(_config(kind, TRUTH.num_layers, hidden_size=128), dtype=torch.float32)
@@ -309,7 +309,7 @@ def _train(kind: str, seed: int) -> PreTrainedModel:
         for index in TRUTH.dead:
             layers[index].self_attn.o_proj.weight.zero_()
             layers[index].mlp.down_proj.weight.zero_()
-    harmless = [(), *((i,) for pair in TRUTH.twins for i in pair)]
+    harmless: list[tuple[int, ...]] = [(), *((i,) for pair in TRUTH.twins for i in pair)]
     harmful = list(TRUTH.forgotten)
     stems = {
         part: torch.tensor([tokenizer(f" {target}")["input_ids"][0] for _, target in pairs])
@@ -373,8 +373,11 @@ def _cached(directory: Path | None, name: str, write: Callable[[Path], None]) ->
     try:
         write(temporary)
         temporary.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was first: its files are the same
+        try:
             temporary.rename(path)
+        except OSError:
+            if not path.is_dir():  # where it is, another process was first, with the same files
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path

@@ -43,6 +43,8 @@ class VLLMGenerator:
         skippable: bool = False,
         gpu_memory_utilization: float = 0.85,
     ) -> None:
+        import torch
+
         self.dtype = dtype
         self.newline = newline
         self.tokenizer = load_tokenizer(path)
@@ -54,6 +56,10 @@ class VLLMGenerator:
         self._removed: list[int] = []
         self._count = 0
         options: dict[str, Any] = {"worker_extension_cls": _EXTENSION, "enforce_eager": True} if skippable else {}
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            request_amx()
+            options["enforce_eager"] = True  # compiling takes minutes on a small CPU, and gains little there
         with _in_this_process():
             from vllm import LLM
 
@@ -142,6 +148,18 @@ class VLLMGenerator:
                 if not output.finished and self.rule.finished(rows[key]):
                     engine.abort_request([key])
         return list(rows.values())
+
+
+def request_amx() -> None:
+    """Asks the kernel for the right to use a CPU's matrix unit (AMX), where it has one.
+
+    Linux grants it to a process that asks. vLLM's bfloat16 attention on such a CPU uses the unit without asking, and dies
+    of an illegal instruction unless some other library happened to ask before.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 @contextmanager

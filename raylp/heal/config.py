@@ -18,11 +18,12 @@ class Lora(Section):
 class Heal(Section):
     """`when`: `after` pruning, `before` it (adapts the baseline), or `both`. `data`: what to learn from.
 
-    `method`: `lora` adapters, merged afterwards, or `full`: all of the decoder but its embeddings and output layer, which
-    stay as they are. `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its peak.
+    `method`: `lora` adapters, merged afterwards, or `full`: all of the decoder but its embeddings and output layer,
+    which stay as they are. `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its
+    peak. `max_tokens`: longer examples, prompt included, are left out.
     `row_tokens`: the most tokens a worker computes at a time; lower it when memory runs out, the result is the same.
     `packing`: examples behind their common prompt in one row (auto: where that gives the model's own loss).
-    `matmul`: `bfloat16` lets matrix products of float32 weights use the bfloat16 units of a CPU or the TF32 ones of a GPU.
+    `matmul`: `bfloat16` lets products of float32 matrices use the bfloat16 units of a CPU or the TF32 ones of a GPU.
     """
 
     when: Literal["after", "before", "both"] = "after"

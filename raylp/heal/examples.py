@@ -15,16 +15,15 @@ def choose(
     """Pairs to learn from, in a fixed order, each (source, target) once.
 
     `teacher`: rows of `distill/teacher.parquet`; those not kept are left out. `data`: `authentic`, `teacher` or `both`.
-    `shown`: the prompt's examples by language pair; a sentence that stands in the prompt teaches copying, not translating.
+    `shown`: the prompt's examples by language pair; a sentence that stands in the prompt would teach copying.
     """
     told = {(pair, sentence_hash(source)) for pair, examples in shown.items() for source, _ in examples}
     found: list[Pair] = []
     if data in ("authentic", "both"):
         found += authentic
     if data in ("teacher", "both"):
-        found += [
-            Pair(f"teacher:{row['id']}", row["source"], row["translation"], row["pair"]) for row in teacher if row["kept"]
-        ]
+        kept = [row for row in teacher if row["kept"]]
+        found += [Pair(f"teacher:{row['id']}", row["source"], row["translation"], row["pair"]) for row in kept]
     chosen: dict[tuple[str, str, str], Pair] = {}
     for example in found:
         if (example.pair, sentence_hash(example.source)) not in told:

@@ -166,7 +166,8 @@ def _run(
             worker.say("learning")
         rate = plan.learning_rate(step, len(steps), config.learning_rate, config.warmup, config.schedule)
         epoch = (step - 1) // per_epoch + 1
-        record = {"step": step, "epoch": epoch, "lr": rate, **_step(engine, worker, examples, steps[step - 1], step, rate)}
+        record = {"step": step, "epoch": epoch, "lr": rate}
+        record |= _step(engine, worker, examples, steps[step - 1], step, rate)
         if step % per_epoch == 0 and dev:
             record["dev_loss"] = _dev_loss(engine, worker, dev)
             if config.epochs > 1 and record["dev_loss"] < min(_dev_losses(history), default=float("inf")):
@@ -175,7 +176,8 @@ def _run(
         worker.tell(record)
         last = step == len(steps)
         if last or step % config.checkpoint_every == 0 or step % per_epoch == 0:
-            final = (best or _trained(engine, worker)) if last else None
+            # Every worker has `best` or none has, so all or none take part in gathering.
+            final = (_trained(engine, worker) if best is None else best) if last else None
             _report(engine, worker, history, best, final)
 
 
@@ -185,12 +187,12 @@ def _step(
     """One optimiser step; mean loss (nats per target token), target tokens and seconds.
 
     Every token of the batch counts the same, whichever worker and row it is in: the sum over a row is divided by the
-    target tokens of the whole batch, and multiplied by the number of workers because DeepSpeed takes the mean over them.
+    target tokens of the whole batch, and multiplied by the number of workers, over which DeepSpeed takes the mean.
     """
     import torch
 
     began = time.monotonic()
-    torch.manual_seed(hash((worker.config.seed, step, worker.rank)) % 2**31)
+    torch.manual_seed(worker.config.seed + 1000 * step + worker.rank)  # of dropout; the same after a restart
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     tokens = sum(len(examples[i].target) for i in batch)

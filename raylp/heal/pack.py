@@ -43,7 +43,7 @@ class Row:
     targets: list[int]
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     """Length of the longest common beginning that leaves every prompt at least its last token."""
     first, last = min(prompts), max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1
@@ -173,4 +173,5 @@ def loss_sum(model: Any, examples: Sequence[Example], config: Any, packed: bool,
         inputs, labels = padded_inputs(examples, pad, device)
         logits = model(**inputs).logits.flatten(0, 1)
         labels = labels.flatten()
-    return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(precise, labels, ignore_index=-100, reduction="sum")

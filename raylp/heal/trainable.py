@@ -103,7 +103,7 @@ def merge(base: Path, trained: Path, target: Path, card: dict[str, Any]) -> None
 
 
 def main() -> None:
-    """`python -m raylp.heal.trainable BASE TRAINED TARGET CARD`: a process of its own gives the memory back at the end."""
+    """`python -m raylp.heal.trainable BASE TRAINED TARGET CARD`: merges in a process that gives its memory back."""
     parser = argparse.ArgumentParser(description="Put trained weights into a checkpoint.")
     for name in ("base", "trained", "target", "card"):
         parser.add_argument(name, type=Path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from raylp.errors import UserError
 
 PACKAGE_PREFIX = "package:"
+LICENCES = {"gemma": "Gemma Terms of Use, https://ai.google.dev/gemma/terms"}
 
 
 def cache_dir() -> Path:
@@ -68,6 +69,15 @@ def fingerprint(path: Path) -> str:
     return value
 
 
+def licence(path: Path) -> str | None:
+    """The licence of the checkpoint in `path`, from its model card or its family; None when neither tells."""
+    card = path / "README.md"
+    if card.exists() and (found := re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)):
+        return found[1]
+    family = json.loads((path / "config.json").read_text()).get("model_type", "")
+    return next((terms for name, terms in LICENCES.items() if family.startswith(name)), None)
+
+
 def _require_checkpoint(path: Path, name: str) -> None:
     if not (path / "config.json").exists():
         raise UserError(f"model {name!r}: {path} has no config.json, so it is not a checkpoint")
@@ -85,7 +95,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RepositoryNotFoundError as error:
@@ -107,7 +117,8 @@ def _from_package(package: str, tell: Callable[[str], None]) -> Path:
     target = cache_dir() / "models" / key
     if (target / "raylp-converted").exists():
         return target
-    tell(f"converting {package} to safetensors, once, into {target}")
+    terms = LICENCES["gemma"] if "gemma" in package else "see the package's own licence"
+    tell(f"converting {package} to safetensors, once, into {target} (licence: {terms})")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         gguf = _gguf_file(distribution, Path(scratch))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from raylp.report import facts as derive
 from raylp.report import numbers, plots
-from raylp.report.contents import STAGE_NAMES, Contents, Stat, Translation, read_contents
+from raylp.report.contents import STAGE_NAMES, Contents, Stat, Translation, read_contents, read_stat
 from raylp.report.facts import Facts
 from raylp.report.tables import print_tables
 from raylp.rundir import RunDir
@@ -59,7 +59,7 @@ def render_page(contents: Contents) -> str:
         drawings=drawings(contents, facts),
         places=places(contents),
         kept=derive.main_kept(contents, facts.kept),
-        kept_by={(found.test_set, found.metric): found for found in facts.kept},
+        licence=str(_mapping(contents.manifest.get("model")).get("licence") or ""),
         settings=contents.settings,
         translations=sentences(contents),
         stages=stages(contents),
@@ -67,9 +67,6 @@ def render_page(contents: Contents) -> str:
         details=details(contents),
         model_name=model_name(contents),
         descriptions=descriptions(contents),
-        reference_words=derive.reference_words,
-        friendly=derive.friendly_metric,
-        metric=derive.main_metric(contents) or "chrF2++",
         search_metric=search_metric(contents),
         resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
         rounds_shown=ROUNDS_SHOWN,
@@ -111,7 +108,8 @@ def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
     spent = sum(seconds_by_stage(contents).values())
     if spent:
         busy = sum(float(stage.get("gpu_seconds") or 0) for stage in stage_entries(contents).values())
-        note = f"{numbers.duration(busy)} of GPU time" if busy else "all stages, on the CPU"
+        on_cpu = _mapping(contents.manifest.get("machine")).get("gpus") == []
+        note = f"{numbers.duration(busy)} of GPU time" if busy else "all stages" + (", on the CPU" if on_cpu else "")
         found.append(_tile("Time taken", numbers.duration(spent), note))
     return found
 
@@ -164,7 +162,7 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     if contents.heal:
         drawn["heal"] = [plots.plot_heal(contents.heal)]
     seconds = seconds_by_stage(contents)
-    if seconds:
+    if len(seconds) > 1:
         drawn["seconds"] = [plots.plot_seconds(seconds)]
     return {section: [Markup(svg) for svg in svgs] for section, svgs in drawn.items()}
 
@@ -207,22 +205,37 @@ def stages(contents: Contents) -> list[dict[str, Any]]:
             "name": name,
             "seconds": entry.get("seconds"),
             "gpu_seconds": entry.get("gpu_seconds"),
-            "finished": str(entry.get("finished") or "")[:16].replace("T", " "),
-            "summary": [(str(key), value) for key, value in _mapping(entry.get("summary")).items()],
+            "finished": _moment(str(entry.get("finished") or "")),
+            "summary": [
+                (str(key), short) for key, value in _mapping(entry.get("summary")).items() if (short := _short(value))
+            ],
         }
         for name, entry in stage_entries(contents).items()
     ]
 
 
+def _moment(iso: str) -> str:
+    return iso[:16].replace("T", " ") + (" UTC" if iso.endswith("+00:00") else "")
+
+
+def _short(value: Any) -> str:
+    """A value that fits in a line; nothing for tables within tables, which have a place of their own on the page."""
+    stat = read_stat(value) if isinstance(value, dict) else None
+    if stat is not None:
+        return numbers.fixed(stat.value)
+    nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict) for each in value))
+    return "" if nested or value is None else numbers.anything(value)
+
+
 def splits(contents: Contents) -> list[dict[str, Any]]:
-    """A row for each corpus and split: how many sentences, and the hash of their text."""
+    """A row for each split, or for each corpus and split: how many sentences, and the hash of their text."""
     rows = []
-    for corpus, entry in _mapping(contents.manifest.get("data")).items():
-        for split, found in _mapping(entry).items():
+    for name, entry in _mapping(contents.manifest.get("data")).items():
+        entry = _mapping(entry)
+        for split, found in [(name, entry)] if "n" in entry else entry.items():
             if isinstance(found, dict) and "n" in found:
-                pair = entry.get("pair") or ""
-                sha = str(found.get("sha256") or "")
-                rows.append({"corpus": corpus, "pair": pair, "split": split, "n": found["n"], "sha256": sha})
+                label = name if found is entry else f"{name} {split}"
+                rows.append({"split": label, "n": found["n"], "sha256": str(found.get("sha256") or "")})
     return rows
 
 
@@ -241,7 +254,7 @@ def details(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
         decoding = {"search backend": contents.plan.backend, "search dtype": contents.plan.dtype}
     groups = {
         "Run": {"directory": contents.url, "created": manifest.get("created"), "raylp": manifest.get("raylp")},
-        "Model": _mapping(manifest.get("model")),
+        "Model": {key: value for key, value in _mapping(manifest.get("model")).items() if key != "licence"},
         "Machine": _mapping(manifest.get("machine")),
         "Machine of the speed figures": {} if bench.get("machine") == manifest.get("machine") else bench.get("machine"),
         "Versions": _mapping(manifest.get("versions")),

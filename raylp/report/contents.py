@@ -11,7 +11,7 @@ import yaml
 from raylp.errors import UserError
 from raylp.rundir import RunDir
 
-STAGE_NAMES = ("search", "prune", "distill", "heal", "evaluate", "bench")
+STAGE_NAMES = ("adapt", "search", "prune", "distill", "heal", "evaluate", "bench")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Round:
-    """`gone`: what was out before the round, in order. `removed`: what went in it. `before`: the score it began with."""
+    """`gone`: what was out before the round, in order. `removed`: what went in it. `before`: the score it began at."""
 
     number: int
     gone: tuple[int, ...]
@@ -360,11 +360,12 @@ def _heal_logs(rundir: RunDir) -> list[HealLog]:
         steps: list[dict[str, float]] = []
         dev: list[tuple[float, float, float]] = []
         for row in _rows(rundir, f"heal/{file}"):
-            if "dev_loss" in row:
+            if "loss" in row:
+                steps.append({"step": len(steps) + 1, **row})
+            # The end of an epoch is noted on its last step's line or on a line of its own.
+            if row.get("dev_loss") is not None:
                 step = row.get("step", steps[-1]["step"] if steps else 0)
-                dev.append((float(step), float(row.get("epoch", len(dev) + 1)), float(row["dev_loss"])))
-            elif "loss" in row:
-                steps.append({"step": float(len(steps) + 1), **row})
+                dev.append((step, row.get("epoch", len(dev) + 1), row["dev_loss"]))
         if steps or dev:
             logs.append(HealLog(file.removesuffix(".jsonl"), steps, dev))
     return logs

@@ -100,7 +100,7 @@ def find_kept(contents: Contents, model: Model, reference: Model) -> list[Kept]:
             if ours is None or theirs is None or theirs.value <= 0:
                 continue
             gap = paired_difference(contents, model.name, reference.name, test_set, metric)
-            ends = (None, None)
+            ends: tuple[float | None, float | None] = (None, None)
             if gap is not None and gap.low is not None and gap.high is not None:
                 ends = (1 + gap.low / theirs.value, 1 + gap.high / theirs.value)
             share = Stat(ours.value / theirs.value, *ends, n=ours.n)

@@ -55,11 +55,8 @@ def strip(plan: Plan) -> Text:
 
 def rounds_table(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, right in (
-        ("round", True), ("removed", True), ("score without it", True), ("change", True), ("runner-up", True),
-        ("ahead by", True), ("candidates", True), ("sentences", True),
-    ):  # fmt: skip
-        table.add_column(name, justify="right" if right else "left")
+    for name in ("round", "removed", "score\nwithout", "change", "runner-up", "ahead\nby", "tried", "sentences"):
+        table.add_column(name, justify="right", no_wrap=True)
     for round_ in plan.rounds:
         winner, second = round_.winner, round_.runner_up
         score = round_.score or (winner.score if winner else None)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ INK, MUTED, FAINT, GRID = "#1c2430", "#5d6875", "#a3abb5", "#e6e8ea"
 # Told apart by lightness and by marker too, not by hue alone.
 STYLES = {
     "baseline": ("#5d6875", "s"),
+    "adapted": ("#5d6875", "s"),
     "original": ("#a3abb5", "s"),
     "baseline-healed": ("#3465a4", "D"),
     "pruned": ("#d97b29", "^"),
@@ -73,30 +74,23 @@ def plot_round(
         if baseline is not None:
             axes.axhline(baseline.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                f"all layers {numbers.score(baseline, metric)}", (1, baseline.value), (0, 3), color=MUTED, fontsize=10.5,
-                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+                f"all layers {numbers.score(baseline, metric)}", (1, baseline.value), (0, 3), color=MUTED,
+                fontsize=10.5, xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
             )  # fmt: skip
-        for candidate in round_.candidates:
-            stat = candidate.score
-            if stat is None:
-                continue
-            taken = set(candidate.layers) == set(round_.removed)
-            color = STYLES["healed"][0] if taken else FAINT
-            x = places[candidate.layers]
-            if stat.low is not None and stat.high is not None:
-                axes.plot([x, x], [stat.low, stat.high], color=color, linewidth=2 if taken else 1.4, zorder=2)
-            hollow = round_.dropped_early(candidate)
+        others: dict[bool, list[tuple[float, Stat]]] = {True: [], False: []}
+        for candidate in round_.ranked:
+            assert candidate.score is not None
+            if set(candidate.layers) == set(round_.removed):
+                _draw_taken(axes, places[candidate.layers], candidate.layers, candidate.score, metric)
+            else:
+                others[round_.dropped_early(candidate)].append((places[candidate.layers], candidate.score))
+        for early, points in others.items():
             axes.plot(
-                [x], [stat.value], "o", color=color, markersize=7 if taken else 5, zorder=3,
-                markerfacecolor="white" if hollow else color, markeredgewidth=1.2,
+                [x for x, _ in points], [stat.value for _, stat in points], "o", color=FAINT, markersize=5, zorder=3,
+                markerfacecolor="white" if early else FAINT, markeredgewidth=1.2,
             )  # fmt: skip
-            if taken:
-                text = f"{'+'.join(map(str, candidate.layers))}: {numbers.score(stat, metric)}"
-                above = (0, 9) if stat.high is None else (0, 6)
-                axes.annotate(
-                    text, (x, stat.high if stat.high is not None else stat.value), above, textcoords="offset points",
-                    ha="center", va="bottom", color=color, fontweight="bold", fontsize=11.5,
-                )  # fmt: skip
+            bars = [(x, stat.low, stat.high) for x, stat in points if stat.low is not None and stat.high is not None]
+            axes.vlines(*zip(*bars, strict=True) if bars else ([], [], []), color=FAINT, linewidth=1.4, zorder=2)
         axes.set_ylim(limits)
         if single:
             axes.set_xlim(-0.7, num_layers - 0.3)
@@ -118,6 +112,18 @@ def plot_round(
         return _svg(figure, f"round{round_.number}", described)
 
 
+def _draw_taken(axes: Any, x: float, layers: Sequence[int], stat: Stat, metric: str) -> None:
+    color = STYLES["healed"][0]
+    _whisker(axes, stat, x, color, vertical=True)
+    axes.plot([x], [stat.value], "o", color=color, markersize=7, zorder=4)
+    top = stat.value if stat.high is None else stat.high
+    axes.annotate(
+        f"{numbers.layers(layers, '+')}: {numbers.score(stat, metric)}", (x, top), (0, 8), textcoords="offset points",
+        ha="center", va="bottom", color=color, fontweight="bold", fontsize=11.5, zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85},
+    )  # fmt: skip
+
+
 def round_limits(rounds: Sequence[Round], baseline: Stat | None) -> tuple[float, float]:
     """One vertical scale for all rounds, so that they can be compared; room above for the label."""
     stats = [c.score for round_ in rounds for c in round_.candidates if c.score is not None]
@@ -132,7 +138,7 @@ def round_limits(rounds: Sequence[Round], baseline: Stat | None) -> tuple[float,
 
 def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
     """Score over layers left; lines lead from an unpruned model to the pruned ones that are its fair match."""
-    with _axes(3.0) as (figure, axes):
+    with _axes(3.0 + 0.25 * (len(models) > 4)) as (figure, axes):
         shown = [(m, s) for m in models if m.layers is not None and (s := m.score(test_set, metric)) is not None]
         at: dict[int, list[str]] = {}
         for model, _ in shown:
@@ -155,8 +161,7 @@ def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
         axes.set_xticks(sorted(at))
         axes.set_xlabel("layers left")
         axes.set_ylabel(metric)
-        axes.set_title(test_set, pad=30)
-        _legend(axes, len(shown))
+        _title(axes, test_set, len(shown))
         return _svg(figure, f"quality-{test_set}-{metric}", f"{metric} on {test_set} against layers left")
 
 
@@ -210,8 +215,7 @@ def plot_speed(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.set_xlabel("times as fast as the baseline; right is better")
-        axes.set_title(numbers.setting(setting), pad=30)
-        _legend(axes, len(names) + 1)
+        _title(axes, numbers.setting(setting), len(names) + bool(ideals))
         return _svg(figure, f"speed-{setting}", f"Speed against the baseline, {numbers.setting(setting)}")
 
 
@@ -238,7 +242,7 @@ def plot_heal(logs: Sequence[HealLog]) -> str:
                     label=f"{log.name}, dev", clip_on=False,
                 )  # fmt: skip
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel("loss per token")
+        axes.set_ylabel("loss, nats per token")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="upper right", ncols=1)
         return _svg(figure, "heal", "Loss during healing: " + ", ".join(log.name for log in logs))
@@ -274,11 +278,11 @@ def _whisker(axes: Any, stat: Stat, place: float, color: str, vertical: bool) ->
         axes.plot(*(ends if vertical else reversed(ends)), color=color, linewidth=1.6, alpha=0.75, zorder=2)
 
 
-def _legend(axes: Any, entries: int) -> None:
-    """In one or two rows between title and plot, never on the data."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(entries, 4), borderaxespad=0.2, handlelength=1.2
-    )
+def _title(axes: Any, title: str, entries: int) -> None:
+    """A title, and under it a legend, never on the data."""
+    columns = min(entries, 4)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.2)
+    axes.set_title(title, pad=12 + 18 * -(-entries // columns))
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -289,7 +293,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _axes(height: float, grid: str = "y") -> Iterator[tuple[Figure, Any]]:
+def _axes(height: float, grid: Literal["x", "y", ""] = "y") -> Iterator[tuple[Figure, Any]]:
     """A figure of its own: pyplot would keep every one of them for the life of a notebook."""
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")

@@ -10,8 +10,8 @@ from raylp.report.contents import Contents, Model, read_contents
 from raylp.report.facts import find_facts
 from raylp.rundir import RunDir
 
-# As many columns of scores as fit beside name, layers, parameters and size in 100 characters.
-MAX_SCORE_COLUMNS = 4
+# As many columns of scores as fit beside name, layers, parameters and size in 80 characters.
+MAX_SCORE_COLUMNS = 2
 
 
 def print_tables(rundir: RunDir, console: Console) -> None:
@@ -23,7 +23,7 @@ def print_tables(rundir: RunDir, console: Console) -> None:
     contents = read_contents(rundir)
     facts = find_facts(contents)
     console.print(facts.headline, style="bold", markup=False, highlight=False)
-    for table in (*model_tables(contents), speed_table(contents), comparison_table(contents)):
+    for table in (*model_tables(contents), speed_table(contents), *comparison_tables(contents)):
         if table.row_count:
             console.print()
             console.print(table)
@@ -36,31 +36,34 @@ def print_tables(rundir: RunDir, console: Console) -> None:
 
 
 def model_tables(contents: Contents) -> list[Table]:
-    """One table, or two when there are many scores: the second has a row for each test set and metric."""
+    """One table; when there are many scores, another for each test set."""
     places = [(test_set, metric) for test_set in contents.test_sets for metric in contents.metrics]
     places = [place for place in places if any(model.score(*place) for model in contents.models)]
-    beside = places if len(places) <= MAX_SCORE_COLUMNS else []
+    together = len(places) <= MAX_SCORE_COLUMNS
     models = _table("Models")
     models.add_column("model")
     for name in ("layers", "params", "size"):
         models.add_column(name, justify="right")
-    for test_set, metric in beside:
+    for test_set, metric in places if together else []:
         models.add_column(f"{escape(test_set)}\n{escape(metric)}", justify="right")
     for model in contents.models:
-        scores = [numbers.plus_minus(model.score(*place), place[1]) for place in beside]
+        scores = [numbers.plus_minus(model.score(*place), place[1]) for place in places if together]
         sizes = (numbers.count(model.layers), numbers.params(model.params), numbers.size(model.bytes))
         models.add_row(escape(model.name), *sizes, *scores)
-    if beside or not places:
-        return [models]
-    quality = _table("Quality, with 95% intervals")
-    quality.add_column("test set")
-    quality.add_column("metric")
+    return [models] if together else [models, *(_quality_table(contents, name) for name in contents.test_sets)]
+
+
+def _quality_table(contents: Contents, test_set: str) -> Table:
+    metrics = [metric for metric in contents.metrics if any(m.score(test_set, metric) for m in contents.models)]
+    table = _table(f"Quality on {escape(test_set)}, with 95% intervals")
+    table.add_column("model")
+    for metric in metrics:
+        table.add_column(escape(metric), justify="right")
     for model in contents.models:
-        quality.add_column(escape(model.name), justify="right")
-    for test_set, metric in places:
-        scores = [numbers.plus_minus(model.score(test_set, metric), metric) for model in contents.models]
-        quality.add_row(escape(test_set), escape(metric), *scores)
-    return [models, quality]
+        if test_set in model.scores:
+            scores = [numbers.plus_minus(model.score(test_set, metric), metric) for metric in metrics]
+            table.add_row(escape(model.name), *scores)
+    return table
 
 
 def speed_table(contents: Contents) -> Table:
@@ -77,21 +80,25 @@ def speed_table(contents: Contents) -> Table:
     return table
 
 
-def comparison_table(contents: Contents) -> Table:
-    table = _table("Differences, with 95% intervals over the same sentences")
+def comparison_tables(contents: Contents) -> list[Table]:
+    """One for each test set."""
+    return [_comparison_table(contents, name) for name in dict.fromkeys(c.test_set for c in contents.comparisons)]
+
+
+def _comparison_table(contents: Contents, test_set: str) -> Table:
+    table = _table(f"Differences on {escape(test_set)}, with 95% intervals (clear: zero is not in it)")
     table.add_column("models", no_wrap=True)
-    table.add_column("test\nset")
     table.add_column("metric", no_wrap=True)
     table.add_column("difference", justify="right", no_wrap=True)
-    table.add_column("zero\nexcluded", no_wrap=True)
+    table.add_column("clear", no_wrap=True)
     for found in contents.comparisons:
-        stat = found.difference
-        excluded = {True: "yes", False: "no", None: numbers.NONE}[stat.excludes_zero]
-        ends = numbers.interval(stat, found.metric, sign=True)
-        gap = numbers.difference(stat, found.metric) + (f" ({ends})" if ends else "")
-        models = escape(f"{found.a} {numbers.MINUS} {found.b}")
-        style = None if stat.excludes_zero else "dim"
-        table.add_row(models, escape(found.test_set), escape(found.metric), gap, excluded, style=style)
+        if found.test_set == test_set:
+            stat = found.difference
+            clear = {True: "yes", False: "no", None: numbers.NONE}[stat.excludes_zero]
+            ends = numbers.interval(stat, found.metric, sign=True)
+            gap = numbers.difference(stat, found.metric) + (f" ({ends})" if ends else "")
+            models = escape(f"{found.a} {numbers.MINUS} {found.b}")
+            table.add_row(models, escape(found.metric), gap, clear, style=None if stat.excludes_zero else "dim")
     return table
 
 

@@ -1,10 +1,12 @@
 """Cut the layers of plan.json out of the baseline, and prove the checkpoint right before it counts as there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from raylp import cluster
 from raylp.context import Context
+from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.models.checkpoint import card_for, count_parameters, save_checkpoint
 from raylp.models.load import load_model, load_tokenizer, stored_dtype
@@ -22,11 +24,18 @@ def prune(context: Context) -> dict[str, Any]:
     """Writes models/pruned-N for the N layers that stay."""
     plan = context.rundir.read_json("plan.json")
     name = pruned_name(plan["num_layers"] - len(plan["removed"]))
+    source, prompt = context.baseline, context.prompt
+    card = card_for(
+        context.recipe.model.name, fingerprint(source), plan["stack"], plan["removed"], prompt.model_dump(mode="json")
+    )
+    tests = [example for examples in context.splits.test.values() for example in examples]
+    examples = (context.splits.search or context.splits.train or tests)[:PROOF_SENTENCES]
+    sentences = [(example.source, example.pair) for example in examples]
     cluster.start(context.recipe.resources)
     import ray
 
     with context.reporter.task(f"prune to {name}") as task, context.rundir.building(f"models/{name}") as target:
-        work = ray.remote(num_cpus=1, max_retries=0)(cut_and_prove).remote(context, context.baseline, target, plan)
+        work = ray.remote(num_cpus=1, max_retries=0)(cut_and_prove).remote(source, target, card, prompt, sentences)
         while not ray.wait([work], timeout=2)[0]:
             task.beat()
         try:
@@ -37,32 +46,23 @@ def prune(context: Context) -> dict[str, Any]:
     return {"model": name, "parameters": parameters, "bytes": size}
 
 
-def cut_and_prove(context: Context, source: Path, target: Path, plan: dict[str, Any]) -> None:
-    """Saves the cut model in `target`, loads it again, and compares it with the view it was cut from.
+def cut_and_prove(
+    source: Path, target: Path, card: dict[str, Any], prompt: Prompt, sentences: Sequence[tuple[str, str]]
+) -> None:
+    """Saves `source` without `card["removed"]` in `target`, loads it again, and compares it with the view it was cut from.
 
     Raises:
-        UserError: the two do not give the same tokens.
+        UserError: the two do not give the same tokens for `sentences`.
     """
     from raylp.generate.transformers_view import TransformersGenerator
 
     dtype = stored_dtype(source)
-    model = load_model(source, dtype)
-    card = card_for(
-        context.recipe.model.name,
-        fingerprint(source),
-        plan["stack"],
-        plan["removed"],
-        context.prompt.model_dump(mode="json"),
-    )
-    save_checkpoint(model, source, target, card, plan["removed"])
-    tokenizer = load_tokenizer(source)
-    examples = (context.splits.search or context.splits.train or sum(context.splits.test.values(), []))[
-        :PROOF_SENTENCES
-    ]
-    requests = context.prompt.requests(tokenizer, [(example.source, example.pair) for example in examples])
-    seen = TransformersGenerator(model, tokenizer, context.prompt.newline).generate(requests, plan["removed"])
+    model, tokenizer = load_model(source, dtype), load_tokenizer(source)
+    save_checkpoint(model, source, target, card, card["removed"])
+    requests = prompt.requests(tokenizer, sentences)
+    seen = TransformersGenerator(model, tokenizer, prompt.newline).generate(requests, card["removed"])
     del model
-    reloaded = TransformersGenerator(load_model(target, dtype), load_tokenizer(target), context.prompt.newline)
+    reloaded = TransformersGenerator(load_model(target, dtype), load_tokenizer(target), prompt.newline)
     for before, after in zip(seen, reloaded.generate(requests), strict=True):
         if before.tokens != after.tokens:
             raise UserError(

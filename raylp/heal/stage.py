@@ -1,0 +1,276 @@
+"""The stage that heals: Ray Train with DeepSpeed, one run for each model, then a stock checkpoint again."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raylp import cluster
+from raylp.context import Context
+from raylp.data.corpus import write_jsonl
+from raylp.errors import UserError
+from raylp.heal import plan
+from raylp.heal.config import Heal
+from raylp.heal.examples import choose, tokenise
+from raylp.heal.pack import Example
+from raylp.models.checkpoint import card_for, read_card
+from raylp.models.load import load_tokenizer
+from raylp.models.source import fingerprint
+from raylp.progress import Task
+
+POLL_S = 1.0
+MAX_FAILURES = 3
+
+
+class Board:
+    """What the first worker has to tell; an actor, so that it is reached from any machine of the cluster."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.note = "starting the workers"
+
+    def add(self, record: dict[str, Any]) -> None:
+        """A finished step."""
+        self.records.append(record)
+
+    def say(self, note: str) -> None:
+        """What is going on between steps."""
+        self.note = note
+
+    def latest(self) -> tuple[int, float | None, str]:
+        """The last step, its loss, and the note."""
+        if not self.records:
+            return 0, None, self.note
+        return self.records[-1]["step"], self.records[-1]["loss"], self.note
+
+
+def heal(context: Context) -> dict[str, Any]:
+    """Heals the pruned model to `healed-N`, and the baseline in the same way to `baseline-healed`.
+
+    Both learn the same examples in the same order: what remains between them is the layers.
+
+    Raises:
+        UserError: there is no pruned model or no data yet, or training failed.
+    """
+    _section(context)
+    names = [name for name in context.models() if name.startswith("pruned-")]
+    if not names:
+        raise UserError("heal: there is no pruned model in the run directory; run 'raylp prune' first", 1)
+    done = {}
+    for name in names:
+        healed = name.replace("pruned-", "healed-")
+        source = context.rundir.local(f"models/{name}")
+        removed = (read_card(source) or {}).get("removed", [])
+        done[healed] = heal_model(context, source, healed, "after pruning", removed)
+    done["baseline-healed"] = heal_model(context, context.baseline, "baseline-healed", "as the pruned model", [])
+    return done
+
+
+def adapt(context: Context) -> dict[str, Any]:
+    """Trains the original on the authentic training pairs, to `adapted`: the baseline where pruning comes after."""
+    config = _section(context).model_copy(update={"data": "authentic"})
+    return {"adapted": heal_model(context, context.original, "adapted", "before pruning", [], config)}
+
+
+def heal_model(
+    context: Context, source: Path, name: str, purpose: str, removed: list[int], config: Heal | None = None
+) -> dict[str, Any]:
+    """Trains the checkpoint `source` into `models/<name>`; after a crash, the same call goes on at the last checkpoint.
+
+    `purpose` is shown and kept in the result; `removed`: layers that are gone already, for the checkpoint's card.
+    `heal/<name>.jsonl` holds every step: step, epoch, lr, loss (nats per target token), tokens, seconds, and at the end
+    of an epoch dev_loss. Returns {"examples", "steps", "loss", "dev_loss", "seconds", "purpose"}.
+
+    Raises:
+        UserError: no data, too few CPUs or GPUs, or training failed; with the last line of what the engine said.
+    """
+    config = config or _section(context)
+    train, dev = _examples(context, config, source)
+    cluster.start(context.recipe.resources)
+    gpus = _gpus(config)
+    cluster.require(f"heal with {config.workers} workers", config.workers, gpus)
+    num_steps = len(plan.steps(len(train), config.batch_size, config.epochs, config.seed))
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if gpus else "float32")
+    job = {"source": str(source), "heal": config.model_dump(), "dtype": dtype}
+    run_name = f"{name}-{_digest(source, job, train, dev)}"
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="raylp-heal-") as scratch:
+        trained = Path(scratch) / "trained"
+        with context.reporter.task(name, num_steps) as task:
+            history = _fit(context, name, run_name, job, train, dev, gpus, task, trained)
+        card = read_card(source) or card_for(
+            context.recipe.model.name, fingerprint(context.original), "", removed, context.prompt.model_dump()
+        )
+        with context.rundir.building(f"models/{name}") as target, context.reporter.task(f"merging {name}") as task:
+            _merge(context, name, source, trained, target, card, task)
+    context.rundir.write_text(f"heal/{name}.jsonl", write_jsonl(history))
+    shutil.rmtree(context.rundir.scratch(f"heal/{run_name}"), ignore_errors=True)
+    return {
+        "examples": len(train),
+        "steps": num_steps,
+        "loss": history[-1]["loss"],
+        "dev_loss": next((r["dev_loss"] for r in reversed(history) if "dev_loss" in r), None),
+        "seconds": round(time.monotonic() - began, 1),
+        "purpose": purpose,
+    }
+
+
+def _section(context: Context) -> Heal:
+    if context.recipe.heal is None:
+        raise UserError("the recipe has no heal section")
+    return context.recipe.heal
+
+
+def _examples(context: Context, config: Heal, source: Path) -> tuple[list[Example], list[Example]]:
+    """Training and development examples as tokens."""
+    teacher: list[dict[str, Any]] = []
+    if config.data in ("teacher", "both"):
+        if context.rundir.complete("distill"):
+            import pyarrow.parquet
+
+            teacher = pyarrow.parquet.read_table(context.rundir.local("distill") / "teacher.parquet").to_pylist()
+        elif config.data == "teacher" or context.recipe.distill is not None:
+            raise UserError("heal: there is no teacher data; run 'raylp distill' first, or set heal.data: authentic", 1)
+    pairs = choose(context.splits.train, teacher, config.data, context.prompt.examples)
+    tokenizer = load_tokenizer(source)
+    train = tokenise(pairs, context.prompt, tokenizer, config.max_tokens)
+    if not train:
+        raise UserError(
+            f"heal: nothing to learn from: {len(pairs)} training pairs beside the prompt's examples, none of at most "
+            f"{config.max_tokens} tokens (heal.max_tokens); add training data"
+        )
+    return train, tokenise(context.splits.dev, context.prompt, tokenizer, config.max_tokens)
+
+
+def _gpus(config: Heal) -> int:
+    """GPUs for the run: one for each worker where the cluster has any."""
+    import ray
+
+    return config.workers if ray.cluster_resources().get("GPU", 0) else 0
+
+
+def _digest(source: Path, job: dict[str, Any], train: Sequence[Example], dev: Sequence[Example]) -> str:
+    """What an interrupted run must share with the one that goes on with its checkpoints; 12 hex digits."""
+    digest = hashlib.sha256(fingerprint(source).encode())
+    digest.update(json.dumps([job["heal"], job["dtype"]], sort_keys=True).encode())
+    for example in (*train, *dev):
+        digest.update(repr((example.prompt, example.target)).encode())
+    return digest.hexdigest()[:12]
+
+
+def _fit(
+    context: Context,
+    name: str,
+    run_name: str,
+    job: dict[str, Any],
+    train: Sequence[Example],
+    dev: Sequence[Example],
+    gpus: int,
+    task: Task,
+    trained: Path,
+) -> list[dict[str, Any]]:
+    """Runs the training; its last checkpoint is copied to `trained`, the steps are returned."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raylp.heal.loop import STATE
+    from raylp.heal.loop import train as train_loop
+
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    rundir = context.rundir
+    # Every worker writes its part of a checkpoint there, so on several machines it must be reachable from all of them.
+    storage = str(rundir.scratch("heal")) if rundir.is_local else rundir.uri(".work/heal")
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={**job, "train": ray.put(list(train)), "dev": ray.put(list(dev)), "board": board},
+        scaling_config=ScalingConfig(num_workers=job["heal"]["workers"], use_gpu=gpus > 0),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with _Watch(board, task):
+        try:
+            result = trainer.fit()
+        except Exception as error:  # of many classes, the engine's own among them; all end here
+            raise _failure(context, name, error) from error
+    assert result.checkpoint is not None, "the loop's last report carries a checkpoint"
+    result.checkpoint.to_directory(str(trained))
+    state = json.loads((trained / STATE).read_text())
+    assert state["finished"], "Ray Train returned before the last step"
+    return state["history"]
+
+
+class _Watch:
+    """Shows on the task what the board says, until the block ends; `fit` itself blocks."""
+
+    def __init__(self, board: Any, task: Task) -> None:
+        self.board = board
+        self.task = task
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        import ray
+
+        while not self.stopped.wait(POLL_S):
+            try:
+                step, loss, note = ray.get(self.board.latest.remote(), timeout=30)
+            except ray.exceptions.RayError:
+                continue  # a busy or lost board is no reason to stop training
+            self.task.update(max(step, self.task.done), note if loss is None else f"loss {loss:.3f}  {note}")
+
+
+def _failure(context: Context, name: str, error: Exception) -> UserError:
+    """The engine's own last line, what to do, and where the rest is."""
+    workers: dict[int, Exception] = getattr(error, "worker_failures", {}) or {}
+    texts = [str(failure) for failure in workers.values()] or [str(error)]
+    log = context.rundir.logs() / f"heal-{name}.log"
+    log.write_text("\n\n".join([*texts, f"Ray's own logs of the workers: {cluster.session_logs()}"]) + "\n")
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    told = next((line.partition("UserError: ")[2] for line in reversed(lines) if "UserError: " in line), None)
+    if told:
+        return UserError(f"{told}; log: {log}", 1)
+    whole = "\n".join(texts).lower()
+    if "out of memory" in whole or "outofmemory" in whole or "can't allocate memory" in whole or "oom" in whole:
+        return UserError(
+            f"heal {name}: out of memory ({last}): lower heal.row_tokens or heal.batch_size; log: {log}", 1
+        )
+    return UserError(f"heal {name}: training failed {MAX_FAILURES + 1} times: {last}; log: {log}", 1)
+
+
+def _merge(
+    context: Context, name: str, source: Path, trained: Path, target: Path, card: dict[str, Any], task: Task
+) -> None:
+    """In a process of its own, so that the driver never holds a model."""
+    note = trained / "card.json"
+    note.write_text(json.dumps(card, ensure_ascii=False))
+    log = context.rundir.logs() / f"heal-{name}-merge.log"
+    command = [sys.executable, "-m", "raylp.heal.trainable", *map(str, (source, trained, target, note))]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        while process.poll() is None:
+            task.beat()
+            time.sleep(POLL_S / 4)
+    if process.returncode:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it was killed"]
+        raise UserError(f"heal {name}: the trained weights could not be merged: {lines[-1]}; log: {log}", 1)

@@ -1,0 +1,346 @@
+"""An OpenAI-compatible endpoint for the models of a run: Ray Serve in front, a vLLM engine for each model behind."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+
+from raylp import cluster
+from raylp.context import Context
+from raylp.errors import UserError
+from raylp.models.checkpoint import count_parameters
+from raylp.serve.config import Serve
+
+APP = "raylp"
+BEAT_S = 2.0
+INGRESS_CPUS = 0.5
+# Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm in
+# each; ingress, controller, proxy and Ray itself are the rest.
+REPLICA_BYTES = 2.2e9
+SERVE_BYTES = 1.5e9
+BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b.*)")
+_NOT_THE_CAUSE = ("EngineDeadError", "Engine core initialization failed", "WorkerProc initialization failed", "cancelled")
+
+
+def serve(context: Context, out: TextIO) -> None:
+    """The models of the run on one endpoint until Ctrl-C or SIGTERM; one line on `out` says how to use it.
+
+    Raises:
+        UserError: see `endpoint`.
+    """
+    config = context.recipe.serve
+    models = choose_models(config.models, context.models(), "serve.models")
+    stop = threading.Event()
+    with ExitStack() as stack:
+        with context.reporter.task("starting the endpoint") as task:
+            url = stack.enter_context(endpoint(context, models, task.beat))
+        print(usage(url, list(models)), file=out, flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        # A wait without end would not let Python run the handler at once.
+        while not stop.wait(BEAT_S):
+            continue
+        context.reporter.line("shutting the endpoint down")
+
+
+def usage(url: str, names: Sequence[str]) -> str:
+    """One line: where the endpoint is, what it serves, and a request to try."""
+    body = json.dumps({"model": names[-1], "prompt": "English: Hello\nGerman:", "max_tokens": 16, "stop": "\n"})
+    example = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"{url}/v1  models: {', '.join(names)}  try: {example}"
+
+
+def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: str) -> dict[str, Path]:
+    """The models called `wanted`, in that order; all of them for None. `healed` and `pruned` mean the run's one of the kind.
+
+    Raises:
+        UserError: the run has no such model; `key` is the place in the recipe.
+    """
+    if wanted is None:
+        return dict(there)
+    chosen: dict[str, Path] = {}
+    for name in wanted:
+        # The latest of a kind is the one with the fewest layers.
+        kind = sorted((n for n in there if n.startswith(f"{name}-")), key=lambda n: (len(n), n))
+        found = name if name in there else kind[0] if name in ("healed", "pruned") and kind else None
+        if found is None:
+            raise UserError(f"{key}: the run has no model {name!r}; it has {', '.join(there)}")
+        chosen[found] = there[found]
+    return chosen
+
+
+@contextmanager
+def endpoint(
+    context: Context, models: Mapping[str, Path], on_progress: Callable[[str], None] = lambda note: None
+) -> Iterator[str]:
+    """The models behind one endpoint while the block runs; yields its URL without `/v1`.
+
+    Raises:
+        UserError: the port is taken, CPUs, GPUs or memory are too few, or an engine does not start in time.
+    """
+    config = context.recipe.serve
+    port = free_port(config.host, config.port)
+    cluster.start(context.recipe.resources)
+    import ray
+
+    engines = len(models) * config.replicas
+    gpus = gpu_share(config.gpus, engines, ray.cluster_resources().get("GPU", 0))
+    dtype = serve_dtype(config, context.dtype, gpus)
+    what = f"serving {len(models)} models"
+    cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus)
+    if gpus == 0 and _num_nodes() == 1:
+        weights = [count_parameters(path)[0] * BYTES_PER_WEIGHT[dtype] for path in models.values()]
+        check_memory(weights, config.replicas, kv_cache_bytes(), psutil.virtual_memory().available)
+    logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
+    url = f"http://{config.host}:{port}"
+    try:
+        _deploy(models, config, dtype, gpus, logs, port)
+        _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
+        yield url
+    finally:
+        _shut_down(port)
+
+
+def serve_config(
+    models: Mapping[str, Path], config: Serve, dtype: str, gpus: float = 0, logs: Mapping[str, Path] | None = None
+) -> Any:
+    """The Serve application: one vLLM deployment for each model, one OpenAI ingress in front of all.
+
+    `gpus` of each engine, 0 for the CPU; `logs`: the file each engine writes its log to (default: Ray's own).
+    """
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    configs = []
+    for name, path in models.items():
+        env = cluster.worker_env()
+        if logs is not None:
+            env["VLLM_LOGGING_CONFIG_PATH"] = _logging_config(logs[name])
+        engine: dict[str, Any] = {
+            "dtype": dtype,
+            "max_model_len": min(config.max_model_len, _max_positions(path)),
+            "max_num_seqs": 2 * config.target_ongoing_requests,
+        }
+        if gpus:
+            engine["gpu_memory_utilization"] = 0.9 * min(gpus, 1)
+            bundle = {"CPU": 0, "GPU": gpus}
+        else:
+            # Compiling takes minutes on a small CPU, and gains little there.
+            engine |= {"enforce_eager": True, "worker_cls": "raylp.serve.worker.CPUWorker"}
+            bundle = {"CPU": 0}
+        configs.append(
+            LLMConfig(
+                model_loading_config={"model_id": name, "model_source": str(path)},
+                accelerator_config={"kind": "gpu" if gpus else "cpu"},
+                placement_group_config={"bundle_per_worker": bundle},
+                deployment_config={
+                    "autoscaling_config": {
+                        "min_replicas": config.replicas,
+                        "initial_replicas": config.replicas,
+                        "max_replicas": config.max_replicas or config.replicas,
+                        "target_ongoing_requests": config.target_ongoing_requests,
+                    },
+                    "max_ongoing_requests": 2 * config.target_ongoing_requests,
+                    "max_constructor_retry_count": 1,
+                    "graceful_shutdown_timeout_s": 5,
+                    "graceful_shutdown_wait_loop_s": 0.2,
+                    "health_check_timeout_s": 60,
+                    "ray_actor_options": {"num_cpus": config.cpus},
+                },
+                engine_kwargs=engine,
+                runtime_env={"env_vars": env},
+                callback_config={"callback_class": "raylp.serve.callback.LocalCheckpoint"},
+                # Ray's default holds tokens back up to 50 ms and sends them bunched.
+                experimental_configs={"stream_batching_interval_ms": 0},
+                log_engine_metrics=False,
+            )
+        )
+    ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": INGRESS_CPUS}}
+    return build_openai_app({"llm_configs": configs, "ingress_deployment_config": ingress})
+
+
+def serve_dtype(config: Serve, run_dtype: str, gpus: float) -> str:
+    """The data type of weights and activations in the engines."""
+    if config.dtype != "auto":
+        return config.dtype
+    return run_dtype if gpus else "bfloat16"
+
+
+def gpu_share(wanted: float | str, engines: int, total: float) -> float:
+    """GPUs of each engine: as asked, else one, or 1/k of one where k engines must share it; 0 where there are none."""
+    if not isinstance(wanted, str):
+        return wanted
+    if total < 1:
+        return 0
+    return 1 if engines <= total else 1 / math.ceil(engines / int(total))
+
+
+def free_port(host: str, port: int) -> int:
+    """`port` if nobody listens there; any free one for 0.
+
+    Raises:
+        UserError: the port is taken, or the host is not this machine.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"serve.port: {host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose another port "
+                f"with --set serve.port=8001 (0 takes any free one)"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def kv_cache_bytes() -> float:
+    """Memory a CPU engine sets aside for keys and values."""
+    return float(cluster.worker_env()["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
+
+
+def check_memory(weights: Sequence[float], replicas: int, kv_cache: float, available: float) -> None:
+    """Refuses a start that would end with a process killed for memory; sizes in bytes.
+
+    Raises:
+        UserError: with what is needed and what there is.
+    """
+    needed = SERVE_BYTES + replicas * sum(size + kv_cache + REPLICA_BYTES for size in weights)
+    if needed > available:
+        raise UserError(
+            f"serving {len(weights)} models needs about {needed / 1e9:.1f} GB of memory (weights {sum(weights) / 1e9:.1f}, key-value "
+            f"caches {len(weights) * kv_cache / 1e9:.1f}, processes {(SERVE_BYTES + len(weights) * REPLICA_BYTES) / 1e9:.1f}; "
+            f"{replicas} of each), {available / 1e9:.1f} GB are free: name fewer models in serve.models, or close other programs"
+        )
+
+
+def error_lines(log: str) -> list[str]:
+    """The lines of an engine's log that name an error, the cause before its consequences last."""
+    found = [match.group(1).strip() for line in log.splitlines() if (match := _ERROR_LINE.search(line))]
+    causes = [line for line in found if not any(mark in line for mark in _NOT_THE_CAUSE)]
+    return causes or found
+
+
+def _deploy(
+    models: Mapping[str, Path], config: Serve, dtype: str, gpus: float, logs: Mapping[str, Path], port: int
+) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # importing ray.serve.llm imports vllm here too
+    for name in ("ray.serve", "ray.llm"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from ray import serve
+    from ray.serve import RunTarget
+
+    _clear_leftovers()
+    for log in logs.values():
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+    app = serve_config(models, config, dtype, gpus, logs if _num_nodes() == 1 else None)
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": port})
+    serve.run_many([RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
+
+
+def _clear_leftovers() -> None:
+    """A driver that was killed on a lasting cluster leaves its Serve behind. Somebody else's is left alone.
+
+    Raises:
+        UserError: the cluster's Serve has other applications.
+    """
+    from ray import serve
+
+    others = [name for name in serve.status().applications if name != APP]
+    if others:
+        raise UserError(
+            f"Ray Serve on this cluster already serves {', '.join(others)}: stop it with `serve shutdown`, or use a Ray of its "
+            f"own (unset resources.address and RAY_ADDRESS)"
+        )
+    serve.shutdown()
+
+
+def _wait_until_ready(
+    names: Sequence[str], timeout_s: float, logs: Mapping[str, Path], on_progress: Callable[[str], None]
+) -> None:
+    from ray import serve
+
+    started = time.monotonic()
+    while True:
+        status = serve.status().applications[APP]
+        if status.status == "RUNNING":
+            return
+        waiting = [n for n in names if _state(status, n) != "HEALTHY"]
+        seconds = time.monotonic() - started
+        if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise UserError(_why(status, waiting, logs), 1)
+        if seconds > timeout_s:
+            raise UserError(
+                f"the endpoint was not ready after {seconds:.0f} s (serve.ready_timeout_s): still waiting for "
+                f"{', '.join(waiting) or 'the ingress'}; {_why(status, waiting, logs)}",
+                1,
+            )
+        on_progress(f"starting {', '.join(waiting)}" if waiting else "starting the ingress")
+        time.sleep(BEAT_S)
+
+
+def _state(status: Any, name: str) -> str:
+    found = [d.status for key, d in status.deployments.items() if key == f"LLMServer:{name.replace('.', '_')}"]
+    return str(found[0].value) if found else "MISSING"
+
+
+def _why(status: Any, waiting: Sequence[str], logs: Mapping[str, Path]) -> str:
+    """What the first engine that failed wrote last about it, and where to read more."""
+    for name in waiting:
+        log = logs[name]
+        messages = [d.message for key, d in status.deployments.items() if key.startswith(f"LLMServer:{name}")]
+        text = log.read_text(errors="replace") if log.exists() else ""
+        lines = error_lines(text) or error_lines("\n".join(messages)) or error_lines(status.message)
+        if lines:
+            return f"model {name}: {lines[-1][:300]} (log: {log if text else cluster.session_logs()})"
+    return f"{status.message or 'no engine reported an error'} (logs: {', '.join(str(logs[n]) for n in waiting)})"
+
+
+def _shut_down(port: int) -> None:
+    """Serve off, and the port free again: the proxy lets go of it a moment later."""
+    from ray import serve
+
+    serve.shutdown()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return
+        time.sleep(0.1)
+
+
+def _logging_config(log: Path) -> str:
+    """A file that sends vLLM's log of all processes of an engine to `log`; its path."""
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"}},
+        "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log), "formatter": "line"}},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
+    path = log.with_name(f".{log.stem}-logging.json")
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def _max_positions(path: Path) -> int:
+    from raylp.models.load import read_config
+
+    return int(getattr(read_config(path).get_text_config(decoder=True), "max_position_embeddings", None) or 2**31)
+
+
+def _num_nodes() -> int:
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())

@@ -1,0 +1,153 @@
+"""The search on a model whose dispensable layers are known, over real Ray workers."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import toy
+from conftest import toy_recipe
+
+from raylp.generate.transformers_view import TransformersGenerator
+from raylp.metrics.ngram import metric
+from raylp.models.load import load_model, load_tokenizer
+from raylp.models.source import fingerprint
+from raylp.pipeline import open_context, run
+from raylp.progress import Reporter
+from raylp.recipe import parse_recipe
+from raylp.search.stage import make_blocks, stack_path
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+SEARCH = {"remove": toy.TRUTH.num_removable}
+
+
+def recipe_for(toy_checkpoint: Path, toy_data: dict[str, Path], run_dir: Path, **sections: object):
+    return parse_recipe(toy_recipe(toy_checkpoint, toy_data, run_dir, **{"search": SEARCH, **sections}))
+
+
+def generations(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for file in run_dir.glob("logs/generations-*") for line in file.read_text().splitlines()]
+
+
+def ledger_lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for file in run_dir.glob("ledger/*.jsonl") for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def searched(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a search and a pruned model."""
+    run_dir = tmp_path_factory.mktemp("searched") / "run"
+    recipe = recipe_for(toy_checkpoint, toy_data, run_dir)
+    run(recipe, Reporter(quiet=True))
+    return run_dir
+
+
+def test_finds_what_brute_force_finds(searched: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> None:
+    """Every set of as many layers, scored in this process, one by one: none is better than the search's."""
+    context = open_context(recipe_for(toy_checkpoint, toy_data, searched), Reporter(quiet=True))
+    generator = TransformersGenerator(load_model(toy_checkpoint), load_tokenizer(toy_checkpoint))
+    chrf = metric("chrF2++")
+    blocks = make_blocks(context, toy_checkpoint, 16)
+
+    def score(removed: tuple[int, ...]) -> float:
+        return chrf.score(
+            sum(
+                chrf.statistics([o.text for o in generator.generate(b["requests"], removed)], b["references"]).sum(0)
+                for b in blocks
+            )
+        )
+
+    scores = {
+        removed: score(removed)
+        for removed in itertools.combinations(range(1, toy.TRUTH.num_layers - 1), toy.TRUTH.num_removable)
+    }
+    best = max(scores.values())
+    plan = json.loads((searched / "plan.json").read_text())
+    found = tuple(sorted(plan["removed"]))
+    assert scores[found] == best
+    assert found in toy.TRUTH.answers
+    assert plan["rounds"][-1]["score"]["value"] == pytest.approx(best, abs=1e-9)
+
+
+def test_plan_holds_every_round(searched: Path) -> None:
+    plan = json.loads((searched / "plan.json").read_text())
+    assert plan["stack"] == "model.layers" and plan["num_layers"] == toy.TRUTH.num_layers
+    assert plan["backend"] == "transformers" and plan["dtype"] == "float32"
+    assert [layer for r in plan["rounds"] for layer in r["removed"]] == plan["removed"]
+    for number, r in enumerate(plan["rounds"]):
+        assert len(r["candidates"]) == toy.TRUTH.num_layers - 2 - number
+        assert all(c["sentences"] == c["score"]["n"] == toy.SPLIT_SIZES["search"] for c in r["candidates"])
+        assert max(c["score"]["value"] for c in r["candidates"]) == r["score"]["value"]
+
+
+def test_every_score_is_computed_once(searched: Path) -> None:
+    lines = ledger_lines(searched)
+    assert len({line["key"] for line in lines}) == len(lines) == len(generations(searched))
+    candidates = 1 + sum(toy.TRUTH.num_layers - 2 - i for i in range(toy.TRUTH.num_removable))
+    assert len(lines) == candidates * toy.SPLIT_SIZES["search"] // 16
+    assert {len(line["statistics"]) for line in lines} == {16}
+
+
+def test_again_is_at_once(searched: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> None:
+    plan, count = (searched / "plan.json").read_text(), len(generations(searched))
+    run(recipe_for(toy_checkpoint, toy_data, searched), Reporter(quiet=True))
+    assert (searched / "plan.json").read_text() == plan and len(generations(searched)) == count
+
+
+def test_a_lost_plan_comes_back_from_the_ledger(
+    searched: Path, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Another run with the first one's ledger as its cache computes nothing and decides the same."""
+    recipe = recipe_for(toy_checkpoint, toy_data, tmp_path / "run", cache=str(searched))
+    run(recipe, Reporter(quiet=True), only="search")
+    assert generations(tmp_path / "run") == []
+    old, new = (json.loads((d / "plan.json").read_text()) for d in (searched, tmp_path / "run"))
+    assert old == new
+
+
+def test_pruned_model_is_whole(searched: Path, toy_checkpoint: Path) -> None:
+    plan = json.loads((searched / "plan.json").read_text())
+    path = searched / "models" / f"pruned-{toy.TRUTH.num_layers - toy.TRUTH.num_removable}"
+    card = json.loads((path / "raylp.json").read_text())
+    assert card["removed"] == plan["removed"] and card["base_fingerprint"] == fingerprint(toy_checkpoint)
+    assert card["prompt"]["template"] == toy.TOY_TEMPLATE
+    assert json.loads((path / "manifest.json").read_text())["files"]["model.safetensors"]["bytes"] > 0
+
+
+def test_a_published_list_needs_no_search(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(toy_checkpoint, toy_data, tmp_path, search={"given": [6, 2]})
+    run(recipe, Reporter(quiet=True))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["removed"] == [6, 2] and plan["rounds"] == []
+    assert (tmp_path / "models/pruned-6/model.safetensors").exists() and generations(tmp_path) == []
+
+
+def test_stack_path_without_weights() -> None:
+    assert stack_path(toy.tiny_random("gemma3")) == "model.language_model.layers"
+    assert stack_path(toy.tiny_random("llama")) == "model.layers"
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path, toy_checkpoint: Path) -> None:
+    import os
+    import signal
+
+    import ray
+
+    from raylp.generate.base import Request
+    from raylp.generate.pool import Pool
+
+    pool = Pool(1, True, tmp_path)
+    asked = [Request(tuple(load_tokenizer(toy_checkpoint)("gofa tize =").input_ids), 8)]
+    killed = []
+
+    def submit(worker, unit):
+        if not killed:
+            killed.append(ray.get(worker.pid.remote()))
+            os.kill(killed[0], signal.SIGKILL)
+        return worker.translate.remote(str(toy_checkpoint), "transformers", "float32", asked)
+
+    with Reporter(quiet=True).task("test") as task:
+        done = dict(pool.run(range(3), submit, task))
+    pool.close()
+    assert sorted(done) == [0, 1, 2]
+    assert len({outputs[0].tokens for outputs, _ in done.values()}) == 1
