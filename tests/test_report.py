@@ -443,8 +443,8 @@ def test_the_tables_fit_a_terminal_of_80_columns(finished: RunDir) -> None:
     text = tables(finished, 80)
     assert all(len(line) <= 80 for line in text.splitlines()) and "…" not in text
     assert "healed-15             15    249 M   499 MB   49.1 ±2.2   20.6 ±2.9" in text
-    assert "healed-15 − baseline-healed   chrF2++   −3.6 (−5.2 to −2.0)   yes" in text
-    assert "healed-15 − baseline          chrF2++   +1.5 (−0.1 to +3.1)   no" in text
+    assert "healed-15 − baseline-healed   chrF2++   −3.6 (−5.2, −2.0)   yes" in text
+    assert "healed-15 − baseline          chrF2++   +1.5 (−0.1, +3.1)   no" in text
 
 
 def test_report_prints_the_tables_and_the_path(finished: RunDir) -> None:

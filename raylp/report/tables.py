@@ -95,7 +95,8 @@ def _comparison_table(contents: Contents, test_set: str) -> Table:
         if found.test_set == test_set:
             stat = found.difference
             clear = {True: "yes", False: "no", None: numbers.NONE}[stat.excludes_zero]
-            ends = numbers.interval(stat, found.metric, sign=True)
+            # A comma, so that a row with COMET still fits into 80 characters.
+            ends = numbers.interval(stat, found.metric, sign=True).replace(" to ", ", ")
             gap = numbers.difference(stat, found.metric) + (f" ({ends})" if ends else "")
             models = escape(f"{found.a} {numbers.MINUS} {found.b}")
             table.add_row(models, escape(found.metric), gap, clear, style=None if stat.excludes_zero else "dim")

@@ -1,0 +1,171 @@
+"""The demo recipe on the toy model, every stage through its real engine, submitted as a Ray job to a cluster of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import toy
+
+ROOT = Path(__file__).parent.parent
+START_S = 120
+LAYERS = toy.TRUTH.num_layers - toy.TRUTH.num_removable
+PRUNED, HEALED = f"pruned-{LAYERS}", f"healed-{LAYERS}"
+STAGES = ["search", "prune", "distill", "heal", "evaluate", "bench"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray head with a dashboard; its processes are a group of their own, so that no other Ray is stopped with it."""
+    port, dashboard = free_port(), free_port()
+    env = {**os.environ, "RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "20"}
+    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8"]
+    command += ["--dashboard-host=127.0.0.1", "--object-store-memory=500000000", "--disable-usage-stats"]
+    command += ["--dashboard-agent-listen-port=0", "--ray-client-server-port=0"]
+    log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
+    binary = Path(sys.executable).parent / command[0]
+    process = subprocess.Popen([str(binary), *command[1:]], stdout=log, stderr=log, env=env, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        try:
+            httpx.get(f"{address}/api/version", timeout=2)
+            break
+        except httpx.HTTPError:
+            assert process.poll() is None, Path(log.name).read_text()
+            time.sleep(1)
+    yield address
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def job(
+    cluster_address: str, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """(run directory, log of the job)."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    values = {
+        "model": toy_checkpoint,
+        **{f"data.en-de.{split}": file for split, file in toy_data.items()},
+        "data.en-de.limit.search": 48,
+        "prompt.template": "{source} =",
+        "prompt.examples": 0,
+        "search.layers": LAYERS,
+        "heal.workers": 2,
+        "heal.zero_stage": 2,
+        "bench.requests": 4,
+        "bench.repeats": 2,
+        "bench.concurrency": "[2]",
+        "bench.output_tokens": 8,
+        "bench.warmup": 1,
+        "serve.port": 0,
+        "serve.max_model_len": 128,
+        "run_dir": run_dir,
+    }
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "raylp", "submit", "recipes/demo.yaml", "--address", cluster_address, *sets]
+        + ["--python", sys.executable],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=840,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return run_dir, done.stdout
+
+
+def read(run_dir: Path, name: str) -> dict:
+    return json.loads((run_dir / name).read_text())
+
+
+def test_every_stage_was_run(job: tuple[Path, str]) -> None:
+    run_dir, log = job
+    manifest = read(run_dir, "manifest.json")
+    assert list(manifest["stages"]) == STAGES
+    assert all(stage["seconds"] > 0 and len(stage["fingerprint"]) == 16 for stage in manifest["stages"].values())
+    assert "succeeded" in log and "Traceback" not in log
+    assert not (run_dir / "lock.json").exists()
+
+
+def test_the_layers_are_the_right_ones(job: tuple[Path, str]) -> None:
+    assert tuple(sorted(read(job[0], "plan.json")["removed"])) in toy.TRUTH.answers
+
+
+def test_models_are_whole_and_stock(job: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name, layers in {PRUNED: LAYERS, HEALED: LAYERS, "baseline-healed": toy.TRUTH.num_layers}.items():
+        path = job[0] / "models" / name
+        assert len(AutoModelForCausalLM.from_pretrained(path).model.layers) == layers
+        for file, entry in read(path, "manifest.json")["files"].items():
+            assert (path / file).stat().st_size == entry["bytes"]
+        assert not list(path.glob("*.bin")) and not list(path.glob("adapter*"))
+
+
+def test_results_have_the_form_others_rely_on(job: tuple[Path, str]) -> None:
+    results = read(job[0], "results.json")
+    assert [model["name"] for model in results["models"]] == ["baseline", PRUNED, HEALED, "baseline-healed"]
+    for model in results["models"]:
+        assert {"name", "layers", "params", "bytes", "scores", "speed"} <= set(model)
+        for score in model["scores"]["en-de"].values():
+            assert set(score) == {"value", "low", "high", "n", "signature"}
+            assert score["low"] <= score["value"] <= score["high"] and score["n"] == toy.SPLIT_SIZES["test"]
+    speed = {model["name"]: model["speed"] for model in results["models"]}
+    for name in ("baseline", HEALED):
+        measured = speed[name]["c2"]
+        assert {"ttft_ms", "tpot_ms", "e2e_ms", "output_tokens_per_s"} <= set(measured)
+        assert measured["e2e_ms"]["p50"]["value"] > measured["ttft_ms"]["p50"]["value"] > 0
+    chrf = {model["name"]: model["scores"]["en-de"]["chrF2++"]["value"] for model in results["models"]}
+    assert chrf["baseline"] > 90 and chrf[HEALED] > 0.8 * chrf["baseline-healed"]
+    assert {(c["a"], c["b"]) for c in results["comparisons"]} >= {(HEALED, "baseline-healed"), (PRUNED, "baseline")}
+
+
+def test_translations_are_scored_as_they_stand(job: tuple[Path, str]) -> None:
+    import sacrebleu
+
+    rows = [json.loads(line) for line in (job[0] / f"translations/{HEALED}/en-de.jsonl").read_text().splitlines()]
+    score = sacrebleu.corpus_chrf([r["hypothesis"] for r in rows], [[r["target"] for r in rows]], word_order=2).score
+    results = read(job[0], "results.json")
+    told = next(model for model in results["models"] if model["name"] == HEALED)["scores"]["en-de"]["chrF2++"]["value"]
+    assert told == pytest.approx(score, abs=1e-9)
+
+
+def test_teacher_rows_are_complete(job: tuple[Path, str], toy_data: dict[str, Path]) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(job[0] / "distill" / "teacher.parquet").to_pylist()
+    ids = [json.loads(line)["id"] for line in toy_data["train"].read_text().splitlines()]
+    assert [row["id"] for row in table] == ids
+    assert all(row["kept"] or row["reason"] for row in table) and any(row["kept"] for row in table)
+
+
+def test_the_page_is_there_and_needs_nothing_else(job: tuple[Path, str]) -> None:
+    page = (job[0] / "report" / "index.html").read_text()
+    assert HEALED in page and "http-equiv" not in page and 'src="http' not in page and 'href="http' not in page
+
+
+def test_again_does_nothing(job: tuple[Path, str]) -> None:
+    run_dir, _ = job
+    before = read(run_dir, "manifest.json")["stages"]
+    done = subprocess.run(
+        [sys.executable, "-m", "raylp", "run", str(run_dir / "recipe.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"{stage}: done before" in done.stderr for stage in STAGES)
+    assert read(run_dir, "manifest.json")["stages"] == before
