@@ -91,8 +91,8 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
         there = total.get(key, 0)
         if wanted > there:
             raise UserError(
-                f"{what} needs {wanted:g} logical {name}, the Ray cluster has {there:g}: lower resources.workers, or raise "
-                f"resources.{name.lower()} (logical CPUs may exceed the cores)"
+                f"{what} needs {wanted:g} logical {name}, the Ray cluster has {there:g}: lower resources.workers, or "
+                f"raise resources.{name.lower()} (logical CPUs may exceed the cores)"
             )
 
 

@@ -47,8 +47,8 @@ def dry_run(recipe: Recipe, out: TextIO) -> dict[str, dict[str, Any]]:
     console.print(table)
     parameters, size = count_parameters(context.original)
     console.print(
-        f"model: {parameters / 1e6:,.0f}M parameters, {size / 1e9:.2f} GB; {measured['tokens_per_s']:.0f} tokens/s here, "
-        f"{measured['sentences']} sentences timed"
+        f"model: {parameters / 1e6:,.0f}M parameters, {size / 1e9:.2f} GB; {measured['tokens_per_s']:.0f} tokens/s "
+        f"here, {measured['sentences']} sentences timed"
     )
     console.print(
         f"memory: about {(size + WORKER_BYTES * min(cluster.cores(), 4)) / 1e9:.1f} GB in the search, "

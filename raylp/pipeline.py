@@ -55,19 +55,27 @@ def _late(module: str, function: str) -> Callable[[Context], dict[str, Any]]:
     return run
 
 
-def _heals(recipe: Recipe, *when: str) -> bool:
-    return recipe.heal is not None and recipe.heal.when in when
+def _has(section: str) -> Callable[[Recipe], bool]:
+    return lambda recipe: getattr(recipe, section) is not None
 
+
+def _heals(*when: str) -> Callable[[Recipe], bool]:
+    return lambda recipe: recipe.heal is not None and recipe.heal.when in when
+
+
+MODELS = ("adapt", "prune", "heal")
 
 STAGES = (
-    Stage("adapt", ("heal",), (), ("train",), _late("raylp.heal.stage", "adapt"), lambda r: _heals(r, "before", "both")),
-    Stage("search", ("search",), ("adapt",), ("search",), _late("raylp.search.stage", "search"), lambda r: r.search is not None),
-    Stage("prune", (), ("search",), (), _late("raylp.search.prune", "prune"), lambda r: r.search is not None),
-    Stage("distill", ("distill",), ("adapt",), ("train",), _late("raylp.distill.stage", "distill"), lambda r: r.distill is not None),
-    Stage("heal", ("heal",), ("prune", "distill"), ("train",), _late("raylp.heal.stage", "heal"), lambda r: _heals(r, "after", "both")),
-    Stage("evaluate", ("evaluate",), ("prune", "heal"), ("test",), _late("raylp.evaluate.stage", "evaluate"), lambda r: r.evaluate is not None),
-    Stage("bench", ("bench", "serve"), ("prune", "heal"), ("test",), _late("raylp.bench.stage", "bench"), lambda r: r.bench is not None),
-)  # fmt: skip
+    Stage("adapt", ("heal",), (), ("train",), _late("raylp.heal.stage", "adapt"), _heals("before", "both")),
+    Stage("search", ("search",), ("adapt",), ("search",), _late("raylp.search.stage", "search"), _has("search")),
+    Stage("prune", (), ("search",), (), _late("raylp.search.prune", "prune"), _has("search")),
+    Stage("distill", ("distill",), ("adapt",), ("train",), _late("raylp.distill.stage", "distill"), _has("distill")),
+    Stage(
+        "heal", ("heal",), ("prune", "distill"), ("train",), _late("raylp.heal.stage", "heal"), _heals("after", "both")
+    ),
+    Stage("evaluate", ("evaluate",), MODELS, ("test",), _late("raylp.evaluate.stage", "evaluate"), _has("evaluate")),
+    Stage("bench", ("bench", "serve"), MODELS, ("test",), _late("raylp.bench.stage", "bench"), _has("bench")),
+)
 
 
 def wanted_stages(recipe: Recipe) -> list[Stage]:
@@ -196,8 +204,8 @@ def run(
                 continue
             if done and done["fingerprint"] != prints[stage.name] and stage.name != "bench":
                 raise UserError(
-                    f"{stage.name} was done on other inputs (data or model files changed since): use a new run_dir, or put "
-                    f"them back"
+                    f"{stage.name} was done on other inputs (data or model files changed since): use a new run_dir, or "
+                    f"put them back"
                 )
             if done and stage.name == "bench":
                 rundir.remove("bench")
@@ -340,10 +348,9 @@ def needed_disk(context: Context) -> int:
 
 def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints: dict[str, str]) -> None:
     for need in stage.needs:
+        verb = "run" if need == "adapt" else need
         if need in prints and manifest["stages"].get(need, {}).get("fingerprint") != prints[need]:
-            raise UserError(
-                f"{stage.name} needs {need} first: raylp {need if need != 'adapt' else 'run'} RECIPE, or raylp run RECIPE"
-            )
+            raise UserError(f"{stage.name} needs {need} first: raylp {verb} RECIPE, or raylp run RECIPE for all of it")
 
 
 def _pair_of(recipe: Recipe, name: str) -> str:

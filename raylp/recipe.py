@@ -87,7 +87,7 @@ class PromptSection(Section):
 
 
 class Resources(Section):
-    """`workers`: resident models at a time in search and evaluate (auto: one a GPU; on a CPU one for each core, up to 4).
+    """`workers`: resident models at a time in search and evaluate (auto: one a GPU, else one a core, up to 4).
 
     `address`: of a Ray cluster (default: $RAY_ADDRESS, else a Ray of its own on this machine).
     `cpus`: logical CPUs of such a Ray of its own; they may exceed the cores.
@@ -121,7 +121,7 @@ class Recipe(Section):
         if isinstance(value, dict) and isinstance(value.get("model"), str):
             value = {**value, "model": {"name": value["model"]}}
         if isinstance(value, dict):  # `heal:` with nothing below is a stage with defaults, `heal: false` is none
-            filled = {stage: {} for stage in _EMPTY_STAGES if stage in value and value[stage] is None}
+            filled: dict[str, Any] = {stage: {} for stage in _EMPTY_STAGES if stage in value and value[stage] is None}
             value = {key: entry for key, entry in {**value, **filled}.items() if entry is not False}
         return value
 

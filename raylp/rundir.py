@@ -165,8 +165,8 @@ class RunDir:
                 free = shutil.disk_usage(self.root).free
                 if free < needed_bytes:
                     raise UserError(
-                        f"run_dir {self.root}: about {needed_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-                        f"free space or choose another run_dir"
+                        f"run_dir {self.root}: about {needed_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+                        f"free; free space or choose another run_dir"
                     )
             else:
                 self.fs.pipe_file(self.full(probe), b"x")
@@ -208,8 +208,8 @@ class _Lease:
         if held and self._alive(held):
             left = max(0, held["expires"] - time.time())
             raise UserError(
-                f"run directory {self.rundir.url} is in use by process {held['pid']} on {held['host']} (its lease ends in "
-                f"{left:.0f} s unless renewed): wait for it, stop it, or use another run_dir"
+                f"run directory {self.rundir.url} is in use by process {held['pid']} on {held['host']} (its lease "
+                f"ends in {left:.0f} s unless renewed): wait for it, stop it, or use another run_dir"
             )
         if self.rundir.is_local:
             self._claim_local(held)

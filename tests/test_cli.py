@@ -12,7 +12,7 @@ from conftest import toy_recipe
 from raylp.cli import main
 
 ROOT = Path(__file__).parent.parent
-VERBS = ["run", "search", "prune", "distill", "heal", "evaluate", "bench", "serve", "translate", "report", "plan", "submit", "doctor"]  # fmt: skip
+VERBS = "run search prune distill heal evaluate bench serve translate report plan submit doctor".split()
 
 
 def raylp(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -9,12 +9,21 @@ from hypothesis import strategies as st
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.ngram import metric
 
-REFERENCES = ["Der Zug kommt heute spät.", "Wo ist mein Schlüssel?", "Sie kauft frisches Brot.", "Es regnet seit drei Tagen."]
+REFERENCES = [
+    "Der Zug kommt heute spät.",
+    "Wo ist mein Schlüssel?",
+    "Sie kauft frisches Brot.",
+    "Es regnet seit drei Tagen.",
+]
 HYPOTHESES = ["Der Zug kommt spät heute.", "Wo sind meine Schlüssel?", "", "Es regnet seit Tagen drei"]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.text("abc .", max_size=20), st.text("abc .", min_size=1, max_size=20)), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.text("abc .", max_size=20), st.text("abc .", min_size=1, max_size=20)), min_size=1, max_size=6
+    )
+)
 def test_sums_of_statistics_are_the_corpus_score(rows: list[tuple[str, str]]) -> None:
     hypotheses, references = [list(side) for side in zip(*rows, strict=True)]
     chrf, bleu = metric("chrF2++"), metric("BLEU")
@@ -27,7 +36,9 @@ def test_sums_of_statistics_are_the_corpus_score(rows: list[tuple[str, str]]) ->
 def test_statistics_of_parts_are_parts_of_the_statistics() -> None:
     chrf = metric("chrF2++")
     whole = chrf.statistics(HYPOTHESES, REFERENCES)
-    parts = np.concatenate([chrf.statistics(HYPOTHESES[:1], REFERENCES[:1]), chrf.statistics(HYPOTHESES[1:], REFERENCES[1:])])
+    parts = np.concatenate(
+        [chrf.statistics(HYPOTHESES[:1], REFERENCES[:1]), chrf.statistics(HYPOTHESES[1:], REFERENCES[1:])]
+    )
     assert (whole == parts).all()
 
 

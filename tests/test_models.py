@@ -160,7 +160,9 @@ def test_names_of_models(tmp_path: Path, toy_checkpoint: Path) -> None:
 def test_models_without_a_decoder(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)).save_pretrained(tmp_path)
+    BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no decoder stack"):
         model_class(tmp_path)
 

@@ -23,7 +23,10 @@ def test_our_own_recipes(path: Path) -> None:
     [
         ({"serch": {}}, "unknown key 'serch'; did you mean 'search'?"),
         ({"search": {"remove": 1, "protekt": []}}, "unknown key 'search.protekt'; did you mean 'protect'?"),
-        ({"data": {"en-de": {"tets": "t.tsv", "test": "t.tsv"}}}, "unknown key 'data.en-de.tets'; did you mean 'test'?"),
+        (
+            {"data": {"en-de": {"tets": "t.tsv", "test": "t.tsv"}}},
+            "unknown key 'data.en-de.tets'; did you mean 'test'?",
+        ),
         ({"search": {"remove": "many"}}, "search.remove: Input should be a valid integer"),
         ({"search": {"remove": 1, "layers": 2}}, "set one of layers"),
         ({"heal": {"method": "magic"}}, "heal.method: Input should be 'lora' or 'full'"),

@@ -14,7 +14,8 @@ from raylp.generate.base import Request, StopRule, loops
 from raylp.ledger import Ledger, block_hash, score_facts, score_key, write_segment
 from raylp.rundir import RunDir
 
-HOLD = "import sys, time; from raylp.rundir import RunDir; d = RunDir(sys.argv[1])\nwith d.lock(): print('held', flush=True); time.sleep(60)"
+HOLD = """import sys, time; from raylp.rundir import RunDir
+with RunDir(sys.argv[1]).lock(): print("held", flush=True); time.sleep(60)"""
 
 
 def hold(path: Path) -> subprocess.Popen:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
-import toy
 import torch
+import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 TEST = toy.toy_splits()["test"]

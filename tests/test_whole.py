@@ -1,4 +1,4 @@
-"""The demo recipe on the toy model, every stage through its real engine, submitted as a Ray job to a cluster of its own."""
+"""The demo recipe on the toy model, every stage through its real engine, submitted as a Ray job."""
 
 import json
 import os
@@ -164,7 +164,10 @@ def test_again_does_nothing(job: tuple[Path, str]) -> None:
     run_dir, _ = job
     before = read(run_dir, "manifest.json")["stages"]
     done = subprocess.run(
-        [sys.executable, "-m", "raylp", "run", str(run_dir / "recipe.yaml")], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "raylp", "run", str(run_dir / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert all(f"{stage}: done before" in done.stderr for stage in STAGES)

@@ -1,9 +1,10 @@
-"""English names of languages, for prompts. Keys are ISO 639-1 or 639-3 codes, with script or region where it matters."""
+"""English names of languages, for prompts; by ISO 639-1 or 639-3 code, with script or region where it matters."""
 
 from raylp.errors import UserError
 
 NAMES = {
-    "af": "Afrikaans", "ar": "Arabic", "ara_EG": "Egyptian Arabic", "ar_EG": "Egyptian Arabic", "arz": "Egyptian Arabic",
+    "af": "Afrikaans", "ar": "Arabic", "ara_EG": "Egyptian Arabic", "ar_EG": "Egyptian Arabic",
+    "arz": "Egyptian Arabic",
     "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali", "bs": "Bosnian", "ca": "Catalan", "ces": "Czech",
     "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German", "deu": "German", "el": "Greek", "en": "English",
     "eng": "English", "es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian", "fi": "Finnish",
@@ -11,10 +12,12 @@ NAMES = {
     "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese",
     "ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "lt": "Lithuanian",
     "lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam", "mr": "Marathi", "ms": "Malay", "nb": "Norwegian",
-    "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi", "pl": "Polish", "pt": "Portuguese", "pt_BR": "Brazilian Portuguese",
+    "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi", "pl": "Polish", "pt": "Portuguese",
+    "pt_BR": "Brazilian Portuguese",
     "ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sl": "Slovenian", "sq": "Albanian", "sr": "Serbian",
     "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
-    "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese", "zh_Hans": "Simplified Chinese", "zho_Hans": "Simplified Chinese",
+    "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese", "zh_Hans": "Simplified Chinese",
+    "zho_Hans": "Simplified Chinese",
     "zh_Hant": "Traditional Chinese", "zho_Hant": "Traditional Chinese",
 }  # fmt: skip
 

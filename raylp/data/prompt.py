@@ -82,11 +82,7 @@ class Prompt(BaseModel):
 
     def requests(self, tokenizer: Any, sources: Sequence[tuple[str, str]]) -> list[Request]:
         """One request for each (source, pair), bounded by `bound`."""
-        lengths = {
-            "tokens": lambda: [len(tokenizer(source, add_special_tokens=False).input_ids) for source, _ in sources],
-            "words": lambda: [len(source.split()) for source, _ in sources],
-            "mean_words": lambda: [_mean([len(source.split()) for source, _ in sources])] * len(sources),
-        }[self.bound.of]()
+        lengths = self._lengths(tokenizer, [source for source, _ in sources])
         return [
             Request(
                 tuple(self.prompt_tokens(tokenizer, source, pair)),
@@ -95,14 +91,17 @@ class Prompt(BaseModel):
             for (source, pair), length in zip(sources, lengths, strict=True)
         ]
 
+    def _lengths(self, tokenizer: Any, sources: list[str]) -> list[float]:
+        """The length of each source in the unit of `bound`."""
+        if self.bound.of == "tokens":
+            return [len(tokenizer(source, add_special_tokens=False).input_ids) for source in sources]
+        words = [len(source.split()) for source in sources]
+        return [sum(words) / len(words)] * len(words) if self.bound.of == "mean_words" else list(words)
+
     @property
     def newline(self) -> bool:
         """Whether a newline ends a translation."""
         return not self.chat
-
-
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def choose_examples(train: Sequence[Pair], count: int) -> dict[str, list[tuple[str, str]]]:

@@ -30,8 +30,8 @@ def check_disjoint(splits: Mapping[str, Sequence[Pair]]) -> None:
             other = seen.setdefault(key, (split, example.id))
             if other[0] != split:
                 raise UserError(
-                    f"data: the splits overlap: {example.source[:60]!r} is in {other[0]} (id {other[1]}) and in {split} "
-                    f"(id {example.id}); remove it from one of them"
+                    f"data: the splits overlap: {example.source[:60]!r} is in {other[0]} (id {other[1]}) and in "
+                    f"{split} (id {example.id}); remove it from one of them"
                 )
 
 
@@ -52,10 +52,10 @@ def cut(examples: Sequence[Pair], sizes: Mapping[str, int]) -> dict[str, list[Pa
     for split in ("test", "dev", "search", "train"):
         wanted = sizes.get(split, 0) if split != "train" else sizes.get("train", len(examples))
         while len(dealt[split]) < wanted:
-            document = next(queue, None)
-            if document is None:
+            following = next(queue, None)
+            if following is None:
                 break
-            for example in documents[document]:
+            for example in documents[following]:
                 key = sentence_hash(example.source)
                 if key not in used:
                     used.add(key)

@@ -92,11 +92,14 @@ def evaluate(context: Context) -> dict[str, Any]:
     )
     results = write_results(context.rundir)
     return {
-        "models": {entry["name"]: {t: {m: round(s["value"], 2) for m, s in ms.items()} for t, ms in entry["scores"].items()}
-                   for entry in results["models"]},
+        "models": {entry["name"]: _values(entry["scores"]) for entry in results["models"]},
         "backend": recipe.backend,
         "dtype": dtype,
-    }  # fmt: skip
+    }
+
+
+def _values(scores: dict[str, Any]) -> dict[str, Any]:
+    return {name: {key: round(score["value"], 2) for key, score in each.items()} for name, each in scores.items()}
 
 
 def comparisons(names: list[str]) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ def stop_rule(tokenizer: Any, config: Any, newline: bool = True) -> StopRule:
     """End-of-text tokens of tokenizer and model and, with `newline`, every token that holds a newline."""
     stop: set[int] = {tokenizer.eos_token_id} - {None}
     ends = getattr(config, "eos_token_id", None)
-    stop |= set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+    stop |= set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
     if newline:
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         marks = ("\n", "Ċ", "<0x0A>")  # as is, in byte-level vocabularies, in SentencePiece's byte fallback

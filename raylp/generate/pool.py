@@ -90,16 +90,16 @@ def num_workers(resources: Resources, weights_bytes: float) -> int:
         needed = weights_bytes + resources.workers * WORKER_BYTES
         if gpus == 0 and needed > room:
             raise UserError(
-                f"{resources.workers} workers need about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free: lower "
-                f"resources.workers or close other programs"
+                f"{resources.workers} workers need about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free: "
+                f"lower resources.workers or close other programs"
             )
         return resources.workers
     if gpus:
         return gpus
     if weights_bytes + WORKER_BYTES > room:
         raise UserError(
-            f"the model needs about {(weights_bytes + WORKER_BYTES) / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free: "
-            f"close other programs or take a smaller model"
+            f"the model needs about {(weights_bytes + WORKER_BYTES) / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are "
+            f"free: close other programs or take a smaller model"
         )
     return int(max(1, min(cluster.cores(), 4, (room - weights_bytes) // WORKER_BYTES)))
 
@@ -148,8 +148,8 @@ class Pool:
                     tries[id(unit)] = tries.get(id(unit), 0) + 1
                     if tries[id(unit)] >= MAX_TRIES:
                         raise UserError(
-                            f"a worker died {MAX_TRIES} times over the same sentences ({_first_line(error)}): most often "
-                            f"memory is short; lower resources.workers",
+                            f"a worker died {MAX_TRIES} times over the same sentences ({_first_line(error)}): most "
+                            f"often memory is short; lower resources.workers",
                             1,
                         ) from error
                     if worker in self.workers:

@@ -22,7 +22,7 @@ LICENCES = {"gemma": "Gemma Terms of Use, https://ai.google.dev/gemma/terms"}
 
 
 def cache_dir() -> Path:
-    """Where converted models and hashes are kept: `$RAYLP_CACHE`, else `$XDG_CACHE_HOME/raylp`, else `~/.cache/raylp`."""
+    """Of converted models and hashes: `$RAYLP_CACHE`, else `$XDG_CACHE_HOME/raylp`, else `~/.cache/raylp`."""
     if configured := os.environ.get("RAYLP_CACHE"):
         return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raylp"

@@ -45,10 +45,14 @@ def cut_config(config: dict[str, Any], kept: list[int], num_layers: int) -> dict
             changes[key] = [kept.index(i) for i in value if i in kept]
         elif key in LEADING_COUNTS and isinstance(value, int):
             changes[key] = sum(i < value for i in kept)
-        elif isinstance(value, (list, tuple)) and len(value) == num_layers and not key.endswith("_token_id"):
-            if key not in ("architectures", "rope_scaling"):
-                changes[key] = [value[i] for i in kept]
+        elif isinstance(value, (list, tuple)) and len(value) == num_layers and not _other_list(key):
+            changes[key] = [value[i] for i in kept]
     return changes
+
+
+def _other_list(key: str) -> bool:
+    """Lists that may be as long as the model is deep by chance."""
+    return key == "architectures" or key.endswith("_token_id")
 
 
 @contextmanager

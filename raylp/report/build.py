@@ -18,7 +18,7 @@ PAGE = "report/index.html"
 # Shown at once, and shown when asked for; a test set may have thousands, which would make the page slow to open.
 SENTENCES_SHOWN = 12
 SENTENCES_AT_MOST = 300
-ROUNDS_SHOWN = 6
+PLOTS_SHOWN = 6
 
 
 def report(rundir: RunDir, out: TextIO | None) -> str:
@@ -69,7 +69,7 @@ def render_page(contents: Contents) -> str:
         descriptions=descriptions(contents),
         search_metric=search_metric(contents),
         resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
-        rounds_shown=ROUNDS_SHOWN,
+        plots_shown=PLOTS_SHOWN,
     )
 
 
@@ -147,7 +147,9 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
         drawn["rounds"] = [plots.plot_round(each, plan.num_layers, plan.baseline, limits, metric) for each in scored]
     deep = [model for model in contents.models if model.layers is not None]
     if len({model.layers for model in deep if model.scores}) > 1:
-        drawn["quality"] = [plots.plot_quality(deep, *place) for place in places(contents)]
+        main = derive.main_metric(contents)
+        by_importance = sorted(places(contents), key=lambda place: place[1] != main)
+        drawn["quality"] = [plots.plot_quality(deep, *place) for place in by_importance]
     gains = [gain for gain in facts.gains if gain.measure != "e2e_ms"]
     ideals = {
         (gain.model, gain.measure): best

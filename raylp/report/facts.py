@@ -194,7 +194,7 @@ def write_headline(
     if quality:
         return f"{opening}; {quality}."
     if speed:
-        return f"{opening}; {_subject(cut)} {speed}. Its translations have not been scored yet."
+        return f"{opening}; {_subject(contents, cut)} {speed}. Its translations have not been scored yet."
     return f"{opening}. Neither quality nor speed has been measured yet."
 
 
@@ -229,8 +229,10 @@ def reference_words(contents: Contents, name: str) -> str:
     return "the unpruned baseline" if name == "baseline" else name
 
 
-def _subject(cut: Model) -> str:
-    return "the healed model" if cut.kind.startswith("healed") else "the pruned model"
+def _subject(contents: Contents, cut: Model) -> str:
+    """By name where there are several of its kind."""
+    several = sum(model.kind == cut.kind for model in contents.models) > 1
+    return cut.name if several else f"the {cut.kind} model"
 
 
 def _quality_words(contents: Contents, cut: Model, reference: Model, kept: list[Kept]) -> str:
@@ -242,7 +244,7 @@ def _quality_words(contents: Contents, cut: Model, reference: Model, kept: list[
     places = f" over {len(shown)} test sets" if len(shown) > 1 else ""
     metric = friendly_metric(shown[0].metric)
     verb = "keeps" if all(found.share.value < 1 for found in shown) else "reaches"
-    return f"{_subject(cut)} {verb} {share} of {reference_words(contents, reference.name)}’s {metric}{places}"
+    return f"{_subject(contents, cut)} {verb} {share} of {reference_words(contents, reference.name)}’s {metric}{places}"
 
 
 def _speed_words(gain: Gain, joined: bool) -> str:

@@ -1,7 +1,7 @@
 """The published loop: leave out each layer, score, drop the one that is missed least, repeat.
 
-Moslem et al., Iterative Layer Pruning for Efficient Translation Inference, WMT 2025, section 3. Pure: how a candidate is
-scored, and where, is the caller's.
+Moslem et al., Iterative Layer Pruning for Efficient Translation Inference, WMT 2025, section 3. Pure: how a candidate
+is scored, and where, is the caller's.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Removed = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Candidate:
-    """`removed`: all layers left out, in order of removal, the tried one last; `sentences`: how many it was scored on."""
+    """`removed`: all layers left out in order, the tried one last; `sentences`: how many it was scored on."""
 
     removed: Removed
     score: Score
@@ -56,8 +56,8 @@ def layers_to_remove(num_layers: int, protected: frozenset[int], layers: int | N
         raise UserError(f"search.layers: {layers} of {num_layers} layers are to stay, so none would go; lower it")
     if count > free:
         raise UserError(
-            f"{count} layers are to go, but the model has {num_layers} and {len(protected)} are protected, so at most {free} "
-            f"can: lower search.remove (or raise search.layers)"
+            f"{count} layers are to go, but the model has {num_layers} and {len(protected)} are protected, so at most "
+            f"{free} can: lower search.remove (or raise search.layers)"
         )
     return count
 

@@ -49,7 +49,7 @@ def prune(context: Context) -> dict[str, Any]:
 def cut_and_prove(
     source: Path, target: Path, card: dict[str, Any], prompt: Prompt, sentences: Sequence[tuple[str, str]]
 ) -> None:
-    """Saves `source` without `card["removed"]` in `target`, loads it again, and compares it with the view it was cut from.
+    """Saves `source` without `card["removed"]` in `target`, loads it again, and compares it with the view it is of.
 
     Raises:
         UserError: the two do not give the same tokens for `sentences`.
