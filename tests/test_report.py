@@ -177,13 +177,17 @@ def write_run(path: Path, when: str = "after", test_set: str = "en-de") -> RunDi
     }  # fmt: skip
     (path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     measured = {name: speeds(factor) for name, factor in (("baseline", 1.0), ("healed-15", 1.12))}
+    ideal = {
+        name: {"speedup": {setting: {"by_bytes": read, "by_operations": done} for setting in ("c1", "c8")}}
+        for name, read, done in (("baseline", 1.0, 1.0), ("healed-15", 1.17, 1.2))
+    }
     bench = {
-        "models": measured, "ideal": {"healed-15": {"bytes_speedup": 1.17, "operations_speedup": 1.2}},
-        "machine": manifest()["machine"], "requests": 16, "output_tokens": 32,
+        "schema": 1, "models": measured, "ideal": ideal, "machine": {**manifest()["machine"], "dtype": "float32"},
+        "requests": 16, "output_tokens": 32, "repeats": 2, "errors": 0, "starts": 1,
     }  # fmt: skip
     distill = {
-        "schema": 1, "teacher": "base", "rows": 168, "kept": 151, "kept_share": 0.899,
-        "rejected": {"copies the source": 9, "too long": 6, "empty": 2}, "output_tokens": 2_914,
+        "schema": 1, "teacher": "base", "fingerprint": "6b1f0c2d9e8a7755", "rows": 168, "kept": 151,
+        "copies the source": 9, "too long": 6, "empty": 2, "tokens": 2_914, "seconds": 96.2,
     }  # fmt: skip
     files = {
         "plan": search_plan(), "results": results(test_set), "manifest": manifest(), "bench": bench,
@@ -393,6 +397,25 @@ def test_speed_of_the_bench_is_shown_before_anything_is_scored(tmp_path: Path) -
     rundir.remove("results.json")
     assert "healed-15   1 request at a time        44.4" in tables(rundir)
     assert "the healed model decodes 1.12× as fast as the baseline" in headline(rundir)
+
+
+def test_speed_is_held_against_another_unpruned_model_where_the_baseline_was_not_measured(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    bench, content = rundir.read_json("bench.json"), rundir.read_json("results.json")
+    # The ideals are over the first model measured, here the pruned one.
+    by_bytes = {"by_bytes": 0.8, "by_operations": 0.75}
+    bench["ideal"] = {"healed-15": {"speedup": {"c1": {"by_bytes": 1, "by_operations": 1}}}}
+    bench["ideal"]["baseline-healed"] = {"speedup": {"c1": by_bytes}}
+    bench["errors"] = 3
+    for model in content["models"]:
+        if model["name"] in ("baseline", "baseline-healed"):
+            model["speed"] = speeds(1.0) if model["name"] == "baseline-healed" else {}
+    bench["models"].pop("baseline")
+    rundir.write_json("bench.json", bench)
+    rundir.write_json("results.json", content)
+    text = Structure(page(rundir)).text
+    assert "times as fast as baseline-healed" in text and "ideal 1.25×" in text
+    assert "3 requests failed and are not in these figures" in text
 
 
 def test_an_adapted_baseline_is_said_to_be_one(tmp_path: Path) -> None:

@@ -1,16 +1,27 @@
 """The `bench` section of a recipe."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raylp.config import Section
 
 
 class Bench(Section):
-    """Requests of `output_tokens` tokens each, `concurrency` at a time, the models in turn, `repeats` times."""
+    """Load on the endpoint: for each number in `concurrency`, so many clients that each send request after request.
 
-    models: list[str] = ["baseline", "healed"]
-    concurrency: list[int] = [1, 8]
+    `models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), measured in turn, `repeats`
+    times. A measurement is `requests` requests of `output_tokens` tokens each; before all, `warmup` to each model.
+    """
+
+    models: list[str] = Field(["baseline", "healed"], min_length=1)
+    concurrency: list[int] = Field([1, 8], min_length=1)
     requests: int = Field(16, ge=1)
     output_tokens: int = Field(32, ge=2)
-    warmup: int = Field(4, ge=0)
-    repeats: int = Field(2, ge=1)
+    warmup: int = Field(4, ge=1)
+    repeats: int = Field(3, ge=2)
+
+    @field_validator("concurrency")
+    @classmethod
+    def _clients(cls, value: list[int]) -> list[int]:
+        if min(value) < 1 or len(set(value)) < len(value):
+            raise ValueError("numbers of clients, each at least 1 and none twice")
+        return value

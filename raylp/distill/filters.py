@@ -2,7 +2,8 @@
 
 import statistics
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -16,7 +17,7 @@ SLACK = 10
 
 @dataclass(frozen=True)
 class Row:
-    """A teacher translation. `finish`: `stop`, `length`, `loop`, or `error`, when `translation` says what went wrong."""
+    """A teacher translation. `finish`: `stop`, `length`, `loop`, or `error`: then `translation` says what was wrong."""
 
     pair: str
     source: str
@@ -25,7 +26,7 @@ class Row:
     finish: str
 
 
-def reasons(rows: Sequence[Row], held_out: Collection[tuple[str, str]], filters: Filters) -> list[str | None]:
+def reasons(rows: Sequence[Row], held_out: AbstractSet[tuple[str, str]], filters: Filters) -> list[str | None]:
     """Why each row is rejected, None where it is kept; of duplicates the first stays.
 
     `held_out`: (language pair, `sentence_hash`) of sources and targets of the other splits.
@@ -56,7 +57,7 @@ def usual_length_ratios(rows: Sequence[Row]) -> dict[str, float]:
     return {pair: statistics.median(values) for pair, values in ratios.items()}
 
 
-def reason_alone(row: Row, usual: float, held_out: Collection[tuple[str, str]], filters: Filters) -> str | None:
+def reason_alone(row: Row, usual: float, held_out: AbstractSet[tuple[str, str]], filters: Filters) -> str | None:
     """Why the row is rejected whatever the others are, or None. `usual`: of `usual_length_ratios`."""
     text = row.translation
     if row.finish == "error":
@@ -76,7 +77,7 @@ def reason_alone(row: Row, usual: float, held_out: Collection[tuple[str, str]], 
         return "length ratio"
     if is_copy(text, row.source, row.reference, filters.max_similarity_to_source):
         return "copy of the source"
-    if {(row.pair, sentence_hash(row.source)), (row.pair, sentence_hash(text))} & set(held_out):
+    if (row.pair, sentence_hash(row.source)) in held_out or (row.pair, sentence_hash(text)) in held_out:
         return "in another split"
     if filters.min_chrf_to_reference > 0 and chrf(text, row.reference) < filters.min_chrf_to_reference:
         return "far from the reference"
@@ -85,13 +86,14 @@ def reason_alone(row: Row, usual: float, held_out: Collection[tuple[str, str]], 
 
 def is_copy(text: str, source: str, reference: str, limit: float) -> bool:
     """Whether the text is more like the source than `limit`, and the reference is not: names and numbers are copied."""
-    return similarity(text, source) > limit >= similarity(reference, source)
+    return alike(text, source, limit) and not alike(reference, source, limit)
 
 
-def similarity(a: str, b: str) -> float:
-    """Share of characters in common in the same order, 0 to 1 (Ratcliff and Obershelp); case does not count."""
+def alike(a: str, b: str, limit: float) -> bool:
+    """Whether more than this share of the characters, 0 to 1, is common and in order (Ratcliff and Obershelp)."""
     matcher = SequenceMatcher(None, a.casefold(), b.casefold(), autojunk=False)
-    return matcher.ratio() if matcher.real_quick_ratio() > 0.5 and matcher.quick_ratio() > 0.5 else 0.0
+    # The first two are cheap upper bounds of the third.
+    return matcher.real_quick_ratio() > limit and matcher.quick_ratio() > limit and matcher.ratio() > limit
 
 
 def chrf(text: str, reference: str) -> float:

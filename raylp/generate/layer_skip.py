@@ -1,7 +1,7 @@
 """Layers skipped in place inside a running vLLM worker: no reload, the same tokens as a checkpoint cut the same way.
 
-vLLM mixes `LayerSkip` into its worker class by name (`worker_extension_cls`), so nothing is sent to the worker but lists
-of numbers. Imports nothing heavy: it is read in every process of the engine.
+vLLM mixes `LayerSkip` into its worker class by name (`worker_extension_cls`), so nothing is sent to the worker but
+lists of numbers. Imports nothing heavy: it is read in every process of the engine.
 """
 
 import inspect

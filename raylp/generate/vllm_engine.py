@@ -1,7 +1,7 @@
 """Greedy generation by a vLLM engine in this process, with any layers left out when asked for.
 
-The engine runs in the process that makes it (a Ray actor, mostly): it starts in half the time, and no engine process can
-outlive its owner, however that ends.
+The engine runs in the process that makes it (a Ray actor, mostly): it starts in half the time, and no engine process
+can outlive its owner, however that ends.
 """
 
 import gc
@@ -50,7 +50,7 @@ class VLLMGenerator:
         self.tokenizer = load_tokenizer(path)
         config = read_config(path).get_text_config(decoder=True)
         self.num_layers = config.num_hidden_layers
-        self.max_model_len = min(max_model_len, getattr(config, "max_position_embeddings", max_model_len))
+        self.max_model_len = min(max_model_len, max_positions(path) or max_model_len)
         self.rule = stop_rule(self.tokenizer, config, newline)
         self._skippable = skippable
         self._removed: list[int] = []
@@ -91,8 +91,8 @@ class VLLMGenerator:
         longest = max((len(r.tokens) + r.max_new_tokens for r in requests), default=0)
         if longest > self.max_model_len:
             raise UserError(
-                f"a prompt with its translation may take {longest} tokens, the engine holds {self.max_model_len}: shorten the "
-                f"sentences or the prompt's examples, or raise max_model_len"
+                f"a prompt with its translation may take {longest} tokens, the engine holds {self.max_model_len}: "
+                f"shorten the sentences or the prompt's examples, or {_OTHER_BACKEND}"
             )
         self._leave_out(check_removed(removed, self.num_layers))
         rows = self._run(requests)
@@ -150,11 +150,17 @@ class VLLMGenerator:
         return list(rows.values())
 
 
+def max_positions(path: Path) -> int | None:
+    """The most tokens the model in `path` was made for, where its configuration says so."""
+    config = read_config(path).get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 def request_amx() -> None:
     """Asks the kernel for the right to use a CPU's matrix unit (AMX), where it has one.
 
-    Linux grants it to a process that asks. vLLM's bfloat16 attention on such a CPU uses the unit without asking, and dies
-    of an illegal instruction unless some other library happened to ask before.
+    Linux grants it to a process that asks. vLLM's bfloat16 attention on such a CPU uses the unit without asking, and
+    dies of an illegal instruction unless some other library happened to ask before.
     """
     import torch
 

@@ -69,6 +69,8 @@ def render_page(contents: Contents) -> str:
         descriptions=descriptions(contents),
         search_metric=search_metric(contents),
         resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
+        speed_reference=facts.gains[0].reference if facts.gains else "",
+        failed_requests=contents.bench.get("errors") or 0,
         plots_shown=PLOTS_SHOWN,
     )
 
@@ -101,7 +103,7 @@ def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
         )
     gain = derive.main_gain(contents, facts.gains, cut.name) if cut else None
     if gain:
-        best = derive.ideal(contents, gain.model, gain.measure)
+        best = derive.ideal(contents, gain)
         note = f"{numbers.milliseconds(gain.was)} → {numbers.milliseconds(gain.now)} ms per token"
         note += f", {numbers.setting(gain.setting)}" + (f"; ideal {numbers.times(best)}" if best else "")
         found.append(_tile("Decoding speed", numbers.times(gain.ratio.value), note))
@@ -151,15 +153,17 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
         by_importance = sorted(places(contents), key=lambda place: place[1] != main)
         drawn["quality"] = [plots.plot_quality(deep, *place) for place in by_importance]
     gains = [gain for gain in facts.gains if gain.measure != "e2e_ms"]
-    ideals = {
-        (gain.model, gain.measure): best
+    # A model as large as the reference has nothing to gain: its mark would only stand on the line at 1.
+    marks = {
+        (gain.setting, gain.model, gain.measure): best
         for gain in gains
-        if gain.model != "baseline-healed" and (best := derive.ideal(contents, gain.model, gain.measure))
+        if (best := derive.ideal(contents, gain)) and abs(best - 1) > 1e-3
     }
-    limits = plots.speed_limits(gains, list(ideals.values()))
+    limits = plots.speed_limits(gains, list(marks.values()))
     for setting in contents.settings:
         these = [gain for gain in gains if gain.setting == setting]
         if these:
+            ideals = {(model, measure): best for (at, model, measure), best in marks.items() if at == setting}
             drawn["speed"].append(plots.plot_speed(these, contents.models, ideals, setting, limits))
     if contents.heal:
         drawn["heal"] = [plots.plot_heal(contents.heal)]
@@ -259,6 +263,7 @@ def details(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
         "Model": {key: value for key, value in _mapping(manifest.get("model")).items() if key != "licence"},
         "Machine": _mapping(manifest.get("machine")),
         "Machine of the speed figures": {} if bench.get("machine") == manifest.get("machine") else bench.get("machine"),
+        "Load": {key: bench.get(key) for key in ("requests", "output_tokens", "repeats", "starts", "errors")},
         "Versions": _mapping(manifest.get("versions")),
         "Seeds": _mapping(manifest.get("seeds")),
         "Metric signatures": signatures,

@@ -122,8 +122,9 @@ def paired_difference(contents: Contents, a: str, b: str, test_set: str, metric:
 
 
 def find_gains(contents: Contents) -> list[Gain]:
-    """Every measured model against `baseline`, at every load."""
-    reference = contents.model("baseline")
+    """Every measured model against the unpruned one, at every load; healing does not change its speed."""
+    unpruned = (contents.model(name) for name in ("baseline", "baseline-healed", "original"))
+    reference = next((model for model in unpruned if model is not None and model.speed), None)
     if reference is None:
         return []
     gains = []
@@ -148,14 +149,21 @@ def _ratio(above: Stat, below: Stat) -> Stat:
     return Stat(value, value * math.exp(-spread), value * math.exp(spread), above.n)
 
 
-def ideal(contents: Contents, model: str, measure: str) -> float | None:
+def ideal(contents: Contents, gain: Gain) -> float | None:
     """The most that fewer bytes (decoding reads every weight) or operations (reading the prompt) can give."""
-    ideals = contents.bench.get("ideal")
-    found: Any = ideals.get(model) if isinstance(ideals, dict) else None
-    if not isinstance(found, dict):
-        return None
-    value = found.get("operations_speedup" if measure == "ttft_ms" else "bytes_speedup")
-    return float(value) if isinstance(value, (int, float)) else None
+    bound = "by_operations" if gain.measure == "ttft_ms" else "by_bytes"
+    ideals = [
+        _dig(contents.bench, "ideal", name, "speedup", gain.setting, bound) for name in (gain.model, gain.reference)
+    ]
+    # bench.json holds them over the first model it measured, which need not be the reference.
+    ours, theirs = (value if isinstance(value, (int, float)) and value > 0 else None for value in ideals)
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def _dig(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def find_missing(contents: Contents) -> list[Missing]:

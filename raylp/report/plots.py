@@ -214,7 +214,7 @@ def plot_speed(
         axes.set_xlim(limits)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        axes.set_xlabel("times as fast as the baseline; right is better")
+        axes.set_xlabel(f"times as fast as {gains[0].reference}; right is better")
         _title(axes, numbers.setting(setting), len(names) + bool(ideals))
         return _svg(figure, f"speed-{setting}", f"Speed against the baseline, {numbers.setting(setting)}")
 

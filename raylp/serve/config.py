@@ -10,7 +10,7 @@ from raylp.config import Section
 class Serve(Section):
     """`models`: names of models of the run, or all of them. The endpoint listens on `host`:`port` (0: any free one).
 
-    `replicas`: of each model at least, `max_replicas`: at most, when more than `target_ongoing_requests` come at a time.
+    `replicas`: of each model at least, `max_replicas`: at most, when more than `target_ongoing_requests` come at once.
     `cpus`: logical CPUs of a replica; `gpus`: GPUs of one (auto: one, or an equal share when there are fewer; none on a
     cluster without). `dtype`: of weights (auto: bfloat16 on a CPU, where vLLM is quickest with it, else the run's own).
     `max_model_len`: the most tokens of a prompt and its answer. `ready_timeout_s`: how long a start may take.

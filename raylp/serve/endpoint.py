@@ -19,19 +19,20 @@ import psutil
 from raylp import cluster
 from raylp.context import Context
 from raylp.errors import UserError
+from raylp.generate.vllm_engine import max_positions
 from raylp.models.checkpoint import count_parameters
 from raylp.serve.config import Serve
 
 APP = "raylp"
 BEAT_S = 2.0
 INGRESS_CPUS = 0.5
-# Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm in
-# each; ingress, controller, proxy and Ray itself are the rest.
+# Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm
+# in each; ingress, controller, proxy and Ray itself are the rest.
 REPLICA_BYTES = 2.2e9
 SERVE_BYTES = 1.5e9
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b.*)")
-_NOT_THE_CAUSE = ("EngineDeadError", "Engine core initialization failed", "WorkerProc initialization failed", "cancelled")
+_NOT_THE_CAUSE = ("EngineDeadError", "core initialization failed", "WorkerProc initialization failed", "cancelled")
 
 
 def serve(context: Context, out: TextIO) -> None:
@@ -63,7 +64,7 @@ def usage(url: str, names: Sequence[str]) -> str:
 
 
 def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: str) -> dict[str, Path]:
-    """The models called `wanted`, in that order; all of them for None. `healed` and `pruned` mean the run's one of the kind.
+    """The models called `wanted`, in that order; all for None. `healed` and `pruned` mean the run's one of the kind.
 
     Raises:
         UserError: the run has no such model; `key` is the place in the recipe.
@@ -129,7 +130,7 @@ def serve_config(
             env["VLLM_LOGGING_CONFIG_PATH"] = _logging_config(logs[name])
         engine: dict[str, Any] = {
             "dtype": dtype,
-            "max_model_len": min(config.max_model_len, _max_positions(path)),
+            "max_model_len": engine_length(config, path),
             "max_num_seqs": 2 * config.target_ongoing_requests,
         }
         if gpus:
@@ -177,6 +178,11 @@ def serve_dtype(config: Serve, run_dtype: str, gpus: float) -> str:
     return run_dtype if gpus else "bfloat16"
 
 
+def engine_length(config: Serve, path: Path) -> int:
+    """Tokens of a prompt and its answer that an engine with the model in `path` takes."""
+    return min(config.max_model_len, max_positions(path) or config.max_model_len)
+
+
 def gpu_share(wanted: float | str, engines: int, total: float) -> float:
     """GPUs of each engine: as asked, else one, or 1/k of one where k engines must share it; 0 where there are none."""
     if not isinstance(wanted, str):
@@ -198,8 +204,8 @@ def free_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"serve.port: {host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose another port "
-                f"with --set serve.port=8001 (0 takes any free one)"
+                f"serve.port: {host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose "
+                f"another port with --set serve.port=8001 (0 takes any free one)"
             ) from error
         return int(probe.getsockname()[1])
 
@@ -217,10 +223,12 @@ def check_memory(weights: Sequence[float], replicas: int, kv_cache: float, avail
     """
     needed = SERVE_BYTES + replicas * sum(size + kv_cache + REPLICA_BYTES for size in weights)
     if needed > available:
+        engines = replicas * len(weights)
         raise UserError(
-            f"serving {len(weights)} models needs about {needed / 1e9:.1f} GB of memory (weights {sum(weights) / 1e9:.1f}, key-value "
-            f"caches {len(weights) * kv_cache / 1e9:.1f}, processes {(SERVE_BYTES + len(weights) * REPLICA_BYTES) / 1e9:.1f}; "
-            f"{replicas} of each), {available / 1e9:.1f} GB are free: name fewer models in serve.models, or close other programs"
+            f"serving {len(weights)} models, {replicas} of each, needs about {needed / 1e9:.1f} GB of memory (weights "
+            f"{replicas * sum(weights) / 1e9:.1f}, key-value caches {engines * kv_cache / 1e9:.1f}, processes "
+            f"{(SERVE_BYTES + engines * REPLICA_BYTES) / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer "
+            f"models at a time, or close other programs"
         )
 
 
@@ -260,8 +268,8 @@ def _clear_leftovers() -> None:
     others = [name for name in serve.status().applications if name != APP]
     if others:
         raise UserError(
-            f"Ray Serve on this cluster already serves {', '.join(others)}: stop it with `serve shutdown`, or use a Ray of its "
-            f"own (unset resources.address and RAY_ADDRESS)"
+            f"Ray Serve on this cluster already serves {', '.join(others)}: stop it with `serve shutdown`, or use a "
+            f"Ray of its own (unset resources.address and RAY_ADDRESS)"
         )
     serve.shutdown()
 
@@ -332,12 +340,6 @@ def _logging_config(log: Path) -> str:
     path = log.with_name(f".{log.stem}-logging.json")
     path.write_text(json.dumps(config))
     return str(path)
-
-
-def _max_positions(path: Path) -> int:
-    from raylp.models.load import read_config
-
-    return int(getattr(read_config(path).get_text_config(decoder=True), "max_position_embeddings", None) or 2**31)
 
 
 def _num_nodes() -> int:

@@ -1,0 +1,122 @@
+"""What taking layers out can gain at best: bytes read and multiply-adds for one token, from a checkpoint's headers.
+
+Decoding on most hardware waits for memory: a step reads all weights of the layers and the vocabulary projection once,
+whatever the number of sequences in it, and the keys and values of each sequence. Layers become fewer by pruning, the
+vocabulary does not: with 262144 entries it can be the larger part of a small model.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raylp.errors import UserError
+from raylp.models.load import read_config, safetensors_header
+
+_INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
+_NOT_TEXT = ("vision", "visual", "audio", "image")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Weights, as counts of numbers. `layers`: read for every token; `experts`: of which each token uses a part.
+
+    `vocabulary`: of the projection to the vocabulary, which a tied embedding serves as. `kv_per_token`: keys and values
+    that one token of context leaves, over all layers; `attention_per_token`: multiply-adds one token of context costs
+    the next. `experts_used`, `num_experts`: of a mixture, else 0.
+    """
+
+    layers: int
+    experts: int
+    vocabulary: int
+    kv_per_token: int
+    attention_per_token: int
+    experts_used: int = 0
+    num_experts: int = 0
+
+    def numbers_read(self, concurrency: int, context: float) -> float:
+        """Numbers read in one step that gives each of `concurrency` sequences a token after `context` tokens."""
+        touched = 1.0
+        if self.num_experts:
+            # Each sequence picks its experts on its own.
+            touched = 1 - (1 - self.experts_used / self.num_experts) ** concurrency
+        return self.layers + touched * self.experts + self.vocabulary + concurrency * context * self.kv_per_token
+
+    def multiply_adds(self, concurrency: int, context: float) -> float:
+        """Multiply-adds of such a step."""
+        share = self.experts_used / self.num_experts if self.num_experts else 1.0
+        token = self.layers + share * self.experts + self.vocabulary + context * self.attention_per_token
+        return concurrency * token
+
+
+def work(path: Path) -> Work:
+    """What one token costs the model in `path`.
+
+    Raises:
+        UserError: its tensors show no list of as many layers as its configuration says.
+    """
+    config = read_config(path).get_text_config(decoder=True)
+    tensors = {
+        name: list(entry["shape"])
+        for file in sorted(path.glob("*.safetensors"))
+        for name, entry in safetensors_header(file).items()
+        if not any(mark in name for mark in _NOT_TEXT)
+    }
+    groups: dict[str, set[int]] = {}
+    for name in tensors:
+        if match := _INDEXED.match(name):
+            groups.setdefault(match.group(1), set()).add(int(match.group(2)))
+    stacks = [group for group, indices in groups.items() if len(indices) == config.num_hidden_layers]
+    if len(stacks) != 1:
+        raise UserError(f"model {path}: {len(stacks)} lists of {config.num_hidden_layers} layers in its tensors")
+    inside = {name: shape for name, shape in tensors.items() if name.startswith(f"{stacks[0]}.")}
+    experts = {name: shape for name, shape in inside.items() if ".experts." in name}
+    width = config.hidden_size
+    tables = [shape for name, shape in tensors.items() if name not in inside and len(shape) == 2]
+    vocabulary = max((math.prod(s) for s in tables if max(s) >= config.vocab_size and min(s) == width), default=0)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Work(
+        layers=sum(math.prod(shape) for name, shape in inside.items() if name not in experts),
+        experts=sum(math.prod(shape) for shape in experts.values()),
+        vocabulary=vocabulary,
+        kv_per_token=2 * kv_heads * head_dim * config.num_hidden_layers,
+        attention_per_token=2 * heads * head_dim * config.num_hidden_layers,
+        experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,
+        num_experts=_num_experts(config) if experts else 0,
+    )
+
+
+def ideal(models: dict[str, Path], concurrency: Sequence[int], context: float, bytes_per_number: int) -> dict[str, Any]:
+    """For each model: its parts in bytes and multiply-adds a token, and the best speed-up over the first one.
+
+    `context`: tokens before the one that is made, on average. Sliding windows are not looked at.
+    """
+    works = {name: work(path) for name, path in models.items()}
+    first = next(iter(works.values()))
+    return {
+        name: {
+            "bytes": {
+                "layers": (own.layers + own.experts) * bytes_per_number,
+                "vocabulary": own.vocabulary * bytes_per_number,
+                "kv_cache_per_sequence": round(context * own.kv_per_token * bytes_per_number),
+            },
+            "multiply_adds_per_token": round(own.multiply_adds(1, context)),
+            "speedup": {
+                f"c{c}": {
+                    "by_bytes": first.numbers_read(c, context) / own.numbers_read(c, context),
+                    "by_operations": first.multiply_adds(c, context) / own.multiply_adds(c, context),
+                }
+                for c in concurrency
+            },
+        }
+        for name, own in works.items()
+    }
+
+
+def _num_experts(config: Any) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((value for name in names if (value := getattr(config, name, None))), 0)

