@@ -11,9 +11,11 @@ def write_results(rundir: RunDir) -> dict[str, Any]:
     """Joins evaluate.json and bench.json, as far as they are there, and writes results.json."""
     quality = rundir.read_json("evaluate.json") if rundir.exists("evaluate.json") else {"models": [], "comparisons": []}
     speed = rundir.read_json("bench.json")["models"] if rundir.exists("bench.json") else {}
+    scored = {model["name"] for model in quality["models"]}
+    models = [*quality["models"], *({"name": name} for name in speed if name not in scored)]
     results = {
         "schema": SCHEMA,
-        "models": [{**model, "speed": speed.get(model["name"], {})} for model in quality["models"]],
+        "models": [{**model, "speed": speed.get(model["name"], {})} for model in models],
         "comparisons": quality["comparisons"],
     }
     rundir.write_json("results.json", results)
