@@ -7,6 +7,7 @@ import platform
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,12 +55,13 @@ def bench(context: Context) -> dict[str, Any]:
     place = _place(context, models, prompts)
     cells = schedule(list(models), config.concurrency, config.repeats)
     missing = [cell for cell in cells if not context.rundir.exists(f"{place}/{_file(cell)}")]
-    total = len(cells) * config.requests + len(models) * config.warmup * bool(missing)
-    with context.reporter.task("bench", total) as task:
-        task.advance((len(cells) - len(missing)) * config.requests)
-        if missing:
-            with endpoint(context, models, task.beat) as url:
-                _measure_all(context, config, url, list(models), missing, prompts, place, task)
+    if missing:
+        with ExitStack() as stack:
+            with context.reporter.task("starting the endpoint") as task:
+                url = stack.enter_context(endpoint(context, models, task.beat))
+            total = sum(config.num_requests(cell.concurrency) for cell in missing) + len(models) * config.warmup
+            task = stack.enter_context(context.reporter.task("bench", total))
+            _measure_all(context, config, url, list(models), missing, prompts, place, task)
     found = {cell: context.rundir.read_json(f"{place}/{_file(cell)}") for cell in cells}
     gpus = _gpus()
     length = sum(map(len, prompts)) / len(prompts) + config.output_tokens / 2
@@ -97,7 +99,7 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, dict[str,
     for model in models:
         for clients in config.concurrency:
             repeats = [Measurement.from_dict(found[Cell(model, clients, r)]) for r in range(config.repeats)]
-            times = f"{config.requests}x{config.repeats}"
+            times = f"{config.num_requests(clients)}x{config.repeats}"
             signature = f"raylp|clients:{clients}|out:{config.output_tokens}|requests:{times}"
             setting: dict[str, Any] = {
                 key: percentiles([[getattr(t, key) for t in repeat.timings] for repeat in repeats], signature)
@@ -128,7 +130,7 @@ def _measure_all(
         found = measure(
             url,
             cell.model,
-            prompts,
+            prompts[: config.num_requests(cell.concurrency)],
             cell.concurrency,
             config.output_tokens,
             lambda note=note: task.advance(1, note),  # type: ignore[misc]
@@ -138,25 +140,26 @@ def _measure_all(
 
 
 def _prompts(context: Context, config: Bench) -> list[tuple[int, ...]]:
-    """Prompts of as many test sentences as there are requests, one of each test set in turn, if they fit the engine."""
+    """Prompts of as many test sentences as a measurement needs, of each test set in turn; those the engine takes."""
     tokenizer = load_tokenizer(context.baseline)
     sets = list(context.splits.test.values())
     longest = max(map(len, sets), default=0)
     mixed = [examples[i] for i in range(longest) for examples in sets if i < len(examples)]
     room = engine_length(context.recipe.serve, context.baseline) - config.output_tokens
+    wanted = max(map(config.num_requests, config.concurrency))
     fitting: list[tuple[int, ...]] = []
     for example in mixed:
         tokens = tuple(context.prompt.prompt_tokens(tokenizer, example.source, example.pair))
         if len(tokens) <= room:
             fitting.append(tokens)
-        if len(fitting) == config.requests:
+        if len(fitting) == wanted:
             break
     if not fitting:
         raise UserError(
             f"bench: no test sentence fits into the {room + config.output_tokens} tokens of an engine "
             f"(serve.max_model_len, or the model's own limit) with bench.output_tokens: {config.output_tokens}"
         )
-    return [fitting[i % len(fitting)] for i in range(config.requests)]
+    return [fitting[i % len(fitting)] for i in range(wanted)]
 
 
 def _place(context: Context, models: Mapping[str, Path], prompts: Sequence[Sequence[int]]) -> str:
@@ -164,8 +167,8 @@ def _place(context: Context, models: Mapping[str, Path], prompts: Sequence[Seque
     config, served = context.recipe.bench or Bench(), context.recipe.serve
     what = {
         "models": {name: fingerprint(path) for name, path in models.items()},
-        "prompts": prompts,
-        "load": config.model_dump(include={"requests", "output_tokens", "warmup"}),
+        "prompts": prompts[0],
+        "load": config.model_dump(include={"requests", "output_tokens"}),
         "serve": served.model_dump(include={"replicas", "max_replicas", "dtype", "gpus", "max_model_len"}),
         "machine": _machine(),
     }

@@ -12,7 +12,7 @@ from raylp.distill.config import Filters
 from raylp.metrics.ngram import metric
 
 # Short strings vary much in relative length ("OK", "Abbrechen"): so many characters are added to both sides.
-SLACK = 10
+SLACK = 5
 
 
 @dataclass(frozen=True)

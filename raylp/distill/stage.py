@@ -176,6 +176,8 @@ def _run_engine(
         # The end tokens are among the stops; the text is made here from the tokens, as with every other backend.
         return {"sampling_params": {**params, "ignore_eos": True, "detokenize": False}}
 
+    # One process for each of the small stages is enough, and on a small machine every process counts.
+    light = {"num_cpus": LIGHT, "compute": ray.data.TaskPoolStrategy(size=1)}
     needed = max(len(requests[i].tokens) + requests[i].max_new_tokens for i in missing)
     processor = build_processor(
         vLLMEngineProcessorConfig(
@@ -194,12 +196,11 @@ def _run_engine(
             log_engine_metrics=False,
         ),
         preprocess=ask,
-        # One process each is enough, and on a small machine every process counts.
-        preprocess_map_kwargs={"num_cpus": LIGHT, "concurrency": 1},
-        postprocess_map_kwargs={"num_cpus": LIGHT, "concurrency": 1},
+        preprocess_map_kwargs=light,
+        postprocess_map_kwargs=light,
     )
-    # A block is a batch is a part. Rows that failed would skip a postprocess function and keep all columns; none is given,
-    # so all rows of a block are alike.
+    # A block is a batch is a part. Rows that failed would skip a postprocess function and keep all columns: none is
+    # given, so all rows of a block are alike.
     rows = processor(ray.data.from_arrow(tables))
     for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         wanted = block.select(["index", "generated_tokens", "__inference_error__"]).to_pylist()

@@ -20,6 +20,7 @@ from raylp.models.stack import text_config
 STATE = "state.json"
 BEST = "best.safetensors"
 TAG = "engine"
+MEMORY_ADVICE = "out of memory: lower heal.row_tokens (the result stays the same) or heal.batch_size"
 
 
 def train(job: dict[str, Any]) -> None:
@@ -30,22 +31,54 @@ def train(job: dict[str, Any]) -> None:
     """
     import ray
     import ray.train
-    import torch
 
     config = Heal.model_validate(job["heal"])
     train_examples, dev_examples = ray.get(job["train"]), ray.get(job["dev"])
     context = ray.train.get_context()
     worker = _Worker(context.get_world_rank(), context.get_world_size(), config, job["board"])
+    # Ray Train starts the workers again after any failure; some need the user first.
+    if ray.get(job["board"].given_up.remote()) is not None:
+        return
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None and _state(checkpoint)["finished"]:
         return
+    try:
+        _prepare_and_run(job, config, worker, train_examples, dev_examples, checkpoint)
+    except (UserError, MemoryError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            ray.get(job["board"].give_up.remote(str(error)))
+        elif is_out_of_memory(str(error)):
+            ray.get(job["board"].give_up.remote(f"{MEMORY_ADVICE} ({error})"))
+        raise  # so that Ray Train stops the other workers, which may wait for this one
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+
+def is_out_of_memory(message: str) -> bool:
+    """Whether the message is that of an allocator, or of Ray's memory monitor."""
+    return any(sign in message.lower() for sign in ("out of memory", "outofmemory", "can't allocate memory"))
+
+
+def _prepare_and_run(
+    job: dict[str, Any],
+    config: Heal,
+    worker: "_Worker",
+    train_examples: Sequence[Example],
+    dev_examples: Sequence[Example],
+    checkpoint: Any | None,
+) -> None:
+    import ray.train.torch
+    import torch
+
+    local_workers = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_workers))
     if config.matmul == "bfloat16":
         torch.set_float32_matmul_precision("medium")
     worker.say("loading the model")
     device = str(ray.train.torch.get_device())
     source = Path(job["source"])
+    if not source.is_dir():
+        raise UserError(
+            f"{source} is not on every machine of the cluster: put the run directory on a shared file system"
+        )
     model = load_model(source, job["dtype"], device)
     worker.text_config = text_config(model)
     worker.pad = load_tokenizer(source).pad_token_id or 0
@@ -121,7 +154,7 @@ def _packing(model: Any, worker: _Worker, examples: Sequence[Example]) -> bool:
     if difference <= tolerance:
         return True
     if mode == "on":
-        raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {reason}; set it to auto or off", 1)
+        raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {reason}; set it to auto or off")
     worker.say("one row for each example: this architecture cannot pack them")
     return False
 
@@ -207,7 +240,7 @@ def _step(
     engine.step()
     loss = worker.total(total) / tokens
     if loss != loss:
-        raise UserError(f"healing: the loss is not a number at step {step}: lower heal.learning_rate", 1)
+        raise UserError(f"the loss is not a number at step {step}: lower heal.learning_rate")
     return {"loss": loss, "tokens": tokens, "seconds": round(time.monotonic() - began, 3)}
 
 

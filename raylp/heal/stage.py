@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,15 @@ from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
 from raylp.heal.examples import choose, tokenise
+from raylp.heal.loop import MEMORY_ADVICE, STATE, is_out_of_memory
+from raylp.heal.loop import train as train_loop
 from raylp.heal.pack import Example
 from raylp.models.checkpoint import card_for, read_card
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.progress import Task
 
+WORK = ".work/heal"
 POLL_S = 1.0
 MAX_FAILURES = 3
 
@@ -35,6 +37,7 @@ class Board:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.note = "starting the workers"
+        self.problem: str | None = None
 
     def add(self, record: dict[str, Any]) -> None:
         """A finished step."""
@@ -43,6 +46,14 @@ class Board:
     def say(self, note: str) -> None:
         """What is going on between steps."""
         self.note = note
+
+    def give_up(self, problem: str) -> None:
+        """Something is wrong that trying again would not mend."""
+        self.problem = problem
+
+    def given_up(self) -> str | None:
+        """The problem, if there is one."""
+        return self.problem
 
     def latest(self) -> tuple[int, float | None, str]:
         """The last step, its loss, and the note."""
@@ -111,7 +122,7 @@ def heal_model(
         with context.rundir.building(f"models/{name}") as target, context.reporter.task(f"merging {name}") as task:
             _merge(context, name, source, trained, target, card, task)
     context.rundir.write_text(f"heal/{name}.jsonl", write_jsonl(history))
-    shutil.rmtree(context.rundir.scratch(f"heal/{run_name}"), ignore_errors=True)
+    context.rundir.remove(f"{WORK}/{run_name}")
     return {
         "examples": len(train),
         "steps": num_steps,
@@ -181,13 +192,8 @@ def _fit(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from raylp.heal.loop import STATE
-    from raylp.heal.loop import train as train_loop
-
     board = ray.remote(Board).options(num_cpus=0).remote()
     rundir = context.rundir
-    # Every worker writes its part of a checkpoint there, so on several machines it must be reachable from all of them.
-    storage = str(rundir.scratch("heal")) if rundir.is_local else rundir.uri(".work/heal")
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={**job, "train": ray.put(list(train)), "dev": ray.put(list(dev)), "board": board},
@@ -195,7 +201,8 @@ def _fit(
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
             name=run_name,
-            storage_path=storage,
+            # Every worker writes its part of a checkpoint there, so it must be reachable from all their machines.
+            storage_path=rundir.uri(WORK),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
@@ -205,6 +212,8 @@ def _fit(
             result = trainer.fit()
         except Exception as error:  # of many classes, the engine's own among them; all end here
             raise _failure(context, name, error) from error
+    if problem := ray.get(board.given_up.remote()):
+        raise UserError(f"heal {name}: {problem}", 1)
     assert result.checkpoint is not None, "the loop's last report carries a checkpoint"
     result.checkpoint.to_directory(str(trained))
     state = json.loads((trained / STATE).read_text())
@@ -247,14 +256,8 @@ def _failure(context: Context, name: str, error: Exception) -> UserError:
     log.write_text("\n\n".join([*texts, f"Ray's own logs of the workers: {cluster.session_logs()}"]) + "\n")
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
-    told = next((line.partition("UserError: ")[2] for line in reversed(lines) if "UserError: " in line), None)
-    if told:
-        return UserError(f"{told}; log: {log}", 1)
-    whole = "\n".join(texts).lower()
-    if "out of memory" in whole or "outofmemory" in whole or "can't allocate memory" in whole or "oom" in whole:
-        return UserError(
-            f"heal {name}: out of memory ({last}): lower heal.row_tokens or heal.batch_size; log: {log}", 1
-        )
+    if is_out_of_memory("\n".join(texts)):
+        return UserError(f"heal {name}: {MEMORY_ADVICE}; log: {log}", 1)
     return UserError(f"heal {name}: training failed {MAX_FAILURES + 1} times: {last}; log: {log}", 1)
 
 

@@ -81,7 +81,7 @@ def save_trained(model: Any, state: dict[str, Any], directory: Path) -> None:
 def merge(base: Path, trained: Path, target: Path, card: dict[str, Any]) -> None:
     """Writes the checkpoint `base` with the weights in `trained` put in to `target`, in the data type `base` has.
 
-    Everything beside the weights is copied; `card` becomes `raylp.json`.
+    Everything beside the weights is copied; `card`, its `stack` filled in where empty, becomes `raylp.json`.
     """
     import torch
     from safetensors.torch import load_file
@@ -99,6 +99,7 @@ def merge(base: Path, trained: Path, target: Path, card: dict[str, Any]) -> None
     target.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(target)
     copy_beside_weights(base, target)
+    card = {**card, "stack": card.get("stack") or find_stack(model).path}
     (target / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
 
