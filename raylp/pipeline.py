@@ -207,9 +207,6 @@ def run(
                     f"{stage.name} was done on other inputs (data or model files changed since): use a new run_dir, or "
                     f"put them back"
                 )
-            if done and stage.name == "bench":
-                rundir.remove("bench")
-                rundir.remove("bench.json")
             started = time.monotonic()
             summary = stage.run(context)
             seconds = time.monotonic() - started

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from raylp.context import Context
 from raylp.errors import UserError
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
-from raylp.progress import Task
+from raylp.rundir import RunDir
 from raylp.serve.endpoint import BYTES_PER_WEIGHT, choose_models, endpoint, engine_length, serve_dtype
 
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
@@ -39,8 +40,24 @@ class Cell:
     repeat: int
 
     @property
-    def setting(self) -> str:
-        return f"c{self.concurrency}"
+    def file(self) -> str:
+        return f"{self.model}-c{self.concurrency}-r{self.repeat}.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: `prompts` as token ids. `place`: the directory the measurements are kept in."""
+
+    config: Bench
+    models: dict[str, Path]
+    prompts: list[tuple[int, ...]]
+    cells: list[Cell]
+    place: str
+
+    def missing(self, rundir: RunDir) -> list[Cell]:
+        """What is not measured yet, in order."""
+        there = set(rundir.names(self.place))
+        return [cell for cell in self.cells if cell.file not in there]
 
 
 def bench(context: Context) -> dict[str, Any]:
@@ -49,38 +66,63 @@ def bench(context: Context) -> dict[str, Any]:
     Raises:
         UserError: a model is missing, no test sentence fits, or see `raylp.serve.endpoint.endpoint`.
     """
-    config = context.recipe.bench or Bench()
-    models = choose_models(config.models, context.models(), "bench.models")
-    prompts = _prompts(context, config)
-    place = _place(context, models, prompts)
-    cells = schedule(list(models), config.concurrency, config.repeats)
-    missing = [cell for cell in cells if not context.rundir.exists(f"{place}/{_file(cell)}")]
-    if missing:
+    plan = plan_bench(context)
+    if plan.missing(context.rundir):
         with ExitStack() as stack:
             with context.reporter.task("starting the endpoint") as task:
-                url = stack.enter_context(endpoint(context, models, task.beat))
-            total = sum(config.num_requests(cell.concurrency) for cell in missing) + len(models) * config.warmup
-            task = stack.enter_context(context.reporter.task("bench", total))
-            _measure_all(context, config, url, list(models), missing, prompts, place, task)
-    found = {cell: context.rundir.read_json(f"{place}/{_file(cell)}") for cell in cells}
-    gpus = _gpus()
-    length = sum(map(len, prompts)) / len(prompts) + config.output_tokens / 2
-    size = BYTES_PER_WEIGHT[serve_dtype(context.recipe.serve, context.dtype, gpus)]
+                url = stack.enter_context(endpoint(context, plan.models, task.beat))
+            measure_missing(context, plan, url)
+    config, models = plan.config, plan.models
+    found = {cell: context.rundir.read_json(f"{plan.place}/{cell.file}") for cell in plan.cells}
+    dtype = serve_dtype(context.recipe.serve, context.dtype, _gpus())
+    length = sum(map(len, plan.prompts)) / len(plan.prompts) + config.output_tokens / 2
     result = {
         "schema": 1,
         "models": summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()}),
-        "ideal": ideal(models, config.concurrency, length, size),
-        "machine": {**_machine(), "dtype": serve_dtype(context.recipe.serve, context.dtype, gpus)},
+        "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
+        "machine": {**_machine(), "dtype": dtype},
         "requests": config.requests,
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
         "errors": sum(len(row["measurement"]["errors"]) for row in found.values()),
         # Measurements of several starts of the engines are less alike than those of one.
         "starts": len({row["start"] for row in found.values()}),
-        "load_before": {f"{cell.model}-{cell.setting}-r{cell.repeat}": row["load"] for cell, row in found.items()},
+        "load_before": {cell.file.removesuffix(".json"): row["load"] for cell, row in found.items()},
     }
     context.rundir.write_json("bench.json", result)
     return result
+
+
+def plan_bench(context: Context) -> Plan:
+    """Models, prompts and measurements the recipe asks for.
+
+    Raises:
+        UserError: a model is missing, or no test sentence fits.
+    """
+    config = context.recipe.bench or Bench()
+    models = choose_models(config.models, context.models(), "bench.models")
+    prompts = _prompts(context, config)
+    cells = schedule(list(models), config.concurrency, config.repeats)
+    return Plan(config, models, prompts, cells, _place(context, models, prompts))
+
+
+def measure_missing(context: Context, plan: Plan, url: str) -> None:
+    """Measures at the endpoint `url` what is not measured yet; each measurement is written as soon as it is made."""
+    config, missing = plan.config, plan.missing(context.rundir)
+    start = secrets.token_hex(4)
+    total = sum(config.num_requests(cell.concurrency) for cell in missing) + len(plan.models) * config.warmup
+    with context.reporter.task("bench", total) as task:
+        for model in plan.models:
+            hand = [plan.prompts[i % len(plan.prompts)] for i in range(config.warmup)]
+            tell = partial(task.advance, 1, f"warming {model} up")
+            measure(url, model, hand, max(config.concurrency), config.output_tokens, tell)
+        for cell in missing:
+            load = os.getloadavg()[0]
+            hand = plan.prompts[: config.num_requests(cell.concurrency)]
+            tell = partial(task.advance, 1, f"{cell.model}, {cell.concurrency} at a time")
+            found = measure(url, cell.model, hand, cell.concurrency, config.output_tokens, tell)
+            row = {"start": start, "time": time.time(), "load": load, "measurement": found.as_dict()}
+            context.rundir.write_json(f"{plan.place}/{cell.file}", row)
 
 
 def schedule(models: Sequence[str], concurrency: Sequence[int], repeats: int) -> list[Cell]:
@@ -108,35 +150,6 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, dict[str,
             setting["output_tokens_per_s"] = mean_of_repeats([r.output_tokens_per_s for r in repeats], signature)
             table.setdefault(model, {})[f"c{clients}"] = setting
     return table
-
-
-def _measure_all(
-    context: Context,
-    config: Bench,
-    url: str,
-    models: Sequence[str],
-    missing: Sequence[Cell],
-    prompts: Sequence[Sequence[int]],
-    place: str,
-    task: Task,
-) -> None:
-    start = secrets.token_hex(4)
-    for model in models:
-        hand = [prompts[i % len(prompts)] for i in range(config.warmup)]
-        measure(url, model, hand, max(config.concurrency), config.output_tokens, lambda: task.advance(1, "warming up"))
-    for cell in missing:
-        note = f"{cell.model}, {cell.concurrency} at a time"
-        load = os.getloadavg()[0]
-        found = measure(
-            url,
-            cell.model,
-            prompts[: config.num_requests(cell.concurrency)],
-            cell.concurrency,
-            config.output_tokens,
-            lambda note=note: task.advance(1, note),  # type: ignore[misc]
-        )
-        row = {"start": start, "time": time.time(), "load": load, "measurement": found.as_dict()}
-        context.rundir.write_json(f"{place}/{_file(cell)}", row)
 
 
 def _prompts(context: Context, config: Bench) -> list[tuple[int, ...]]:
@@ -173,10 +186,6 @@ def _place(context: Context, models: Mapping[str, Path], prompts: Sequence[Seque
         "machine": _machine(),
     }
     return f"bench/{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def _file(cell: Cell) -> str:
-    return f"{cell.model}-{cell.setting}-r{cell.repeat}.json"
 
 
 def _gpus() -> float:

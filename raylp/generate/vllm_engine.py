@@ -5,6 +5,7 @@ can outlive its owner, however that ends.
 """
 
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ class VLLMGenerator:
                     **options,
                 )
             except (ValueError, RuntimeError, NotImplementedError) as error:
-                raise UserError(f"model {path}: vLLM cannot load it: {error}; {_OTHER_BACKEND}") from error
+                raise UserError(f"model {path}: vLLM cannot load it: {_cause(error)}; {_OTHER_BACKEND}") from error
         if skippable:
             self._call("raylp_watch_layers")
             self._run([Request((self.tokenizer.eos_token_id or 0,), 1)])
@@ -148,6 +149,12 @@ class VLLMGenerator:
                 if not output.finished and self.rule.finished(rows[key]):
                     engine.abort_request([key])
         return list(rows.values())
+
+
+def _cause(error: Exception) -> str:
+    if "failed to be inspected" in str(error) and importlib.util.find_spec("torchvision") is None:
+        return "it is of a kind that also sees images, and vLLM needs torchvision for it, which is not installed"
+    return str(error)
 
 
 def max_positions(path: Path) -> int | None:

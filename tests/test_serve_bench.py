@@ -1,0 +1,363 @@
+"""The endpoint and the load on it: what can be known without an engine, and one start of Serve with two tiny models."""
+
+import io
+import json
+import math
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylp.bench.config import Bench
+from raylp.bench.ideal import ideal, work
+from raylp.bench.load import Measurement, Timing
+from raylp.bench.stage import Cell, bench, measure_missing, plan_bench, schedule, summary
+from raylp.bench.stats import mean_of_repeats, percentiles
+from raylp.context import Context, Splits
+from raylp.data.corpus import read_pairs
+from raylp.data.prompt import Prompt
+from raylp.errors import UserError
+from raylp.generate.translate import translate
+from raylp.models.checkpoint import card_for, save_checkpoint
+from raylp.models.load import load_model
+from raylp.progress import Reporter
+from raylp.recipe import parse_recipe
+from raylp.rundir import RunDir
+from raylp.serve.config import Serve
+from raylp.serve.endpoint import (
+    check_memory,
+    choose_models,
+    endpoint,
+    error_lines,
+    free_port,
+    gpu_share,
+    serve_dtype,
+    usage,
+)
+
+REMOVED = toy.TRUTH.answers[0]
+PRUNED = f"pruned-{toy.TRUTH.num_layers - len(REMOVED)}"
+
+latencies = st.lists(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=20), min_size=2, max_size=5)
+
+
+# --- statistics ---
+
+
+@given(latencies)
+@settings(max_examples=20, deadline=None)
+def test_percentiles_lie_in_their_intervals(repeats: list[list[float]]) -> None:
+    found = percentiles(repeats, "x")
+    pooled = sum(repeats, [])
+    values = [found[name]["value"] for name in ("p50", "p90", "p99")]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(np.median(pooled))
+    for stat in found.values():
+        assert set(stat) == {"value", "low", "high", "n", "signature"}
+        assert min(pooled) <= stat["low"] <= stat["value"] <= stat["high"] <= max(pooled) * (1 + 1e-9)
+        assert stat["n"] == len(pooled)
+    assert percentiles(repeats, "x") == found, "no chance in it"
+
+
+def test_an_interval_knows_that_requests_of_a_repeat_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    alike = [list(rng.normal(level, 1, 20)) for level in (90, 100, 110)]
+    mixed = [list(values) for values in rng.permutation(np.concatenate(alike)).reshape(3, 20)]
+    wide, narrow = (percentiles(repeats, "x")["p50"] for repeats in (alike, mixed))
+    assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
+
+
+def test_mean_of_repeats() -> None:
+    found = mean_of_repeats([10.0, 12.0, 11.0], "x")
+    assert (found["value"], found["n"]) == (11.0, 3)
+    assert found["high"] - 11 == pytest.approx(4.303 / math.sqrt(3))
+    assert mean_of_repeats([5.0, 5.0], "x")["low"] == 5.0
+    assert mean_of_repeats([1.0, 30.0], "x")["low"] == 0.0, "a throughput is not negative"
+
+
+def test_models_take_turns() -> None:
+    cells = schedule(["a", "b"], [1, 8], 2)
+    assert [(cell.model, cell.concurrency) for cell in cells] == [
+        *(("a", 1), ("b", 1), ("a", 8), ("b", 8)),
+        *(("b", 1), ("a", 1), ("b", 8), ("a", 8)),
+    ]
+    assert len(set(cells)) == len(cells) == 8
+
+
+def test_summary_has_the_shape_of_the_contract() -> None:
+    config = Bench(models=["a"], concurrency=[2], requests=4, repeats=2)
+    timings = [Timing(10.0, 2.0, 72.0, 32), Timing(20.0, 3.0, 113.0, 32)]
+    found = {Cell("a", 2, r): Measurement(timings, [], 0.5).as_dict() for r in range(2)}
+    speed = summary(["a"], config, found)["a"]["c2"]
+    assert set(speed) == {"ttft_ms", "tpot_ms", "e2e_ms", "output_tokens_per_s"}
+    assert speed["ttft_ms"]["p50"]["value"] == 15.0
+    assert speed["output_tokens_per_s"]["value"] == 128.0
+    json.dumps(speed)
+
+
+# --- what pruning can gain at best ---
+
+
+def test_ideal_speedup_of_a_known_model(toy_checkpoint: Path, tmp_path: Path) -> None:
+    width, feed_forward, heads, kv_heads, size = 128, 256, 4, 2, 32
+    layer = width * size * (2 * heads + 2 * kv_heads) + 3 * width * feed_forward + 2 * width
+    vocabulary = len(toy.toy_tokenizer()) * width
+    whole = work(toy_checkpoint)
+    assert whole.layers == toy.TRUTH.num_layers * layer
+    assert whole.vocabulary == vocabulary, "tied: stored once, read once a step"
+    assert whole.kv_per_token == toy.TRUTH.num_layers * 2 * kv_heads * size
+
+    pruned = tmp_path / "pruned"
+    save_checkpoint(load_model(toy_checkpoint), toy_checkpoint, pruned, {}, REMOVED)
+    left = toy.TRUTH.num_layers - len(REMOVED)
+    found = ideal({"whole": toy_checkpoint, "pruned": pruned}, [1, 1000], 0, 2)
+    expected = (toy.TRUTH.num_layers * layer + vocabulary) / (left * layer + vocabulary)
+    assert found["pruned"]["speedup"]["c1"]["by_bytes"] == pytest.approx(expected)
+    assert found["pruned"]["speedup"]["c1"]["by_operations"] == pytest.approx(expected)
+    assert found["pruned"]["bytes"]["layers"] == left * layer * 2
+    assert found["whole"]["speedup"]["c1"] == {"by_bytes": 1.0, "by_operations": 1.0}
+
+    # With many sequences and long contexts, keys and values are what is read, and these are the layers' alone.
+    crowd = ideal({"whole": toy_checkpoint, "pruned": pruned}, [1, 10**6], 1000, 2)["pruned"]["speedup"]
+    assert crowd["c1"]["by_bytes"] < crowd[f"c{10**6}"]["by_bytes"]
+    assert crowd[f"c{10**6}"]["by_bytes"] == pytest.approx(toy.TRUTH.num_layers / left, rel=1e-3)
+
+
+def test_ideal_knows_experts() -> None:
+    mixture = work(toy.tiny_random("mixtral"))
+    assert (mixture.num_experts, mixture.experts_used) == (4, 2)
+    assert mixture.experts == 6 * 4 * 3 * 64 * 128
+    one, many = mixture.numbers_read(1, 0), mixture.numbers_read(1000, 0)
+    assert many - one == pytest.approx(mixture.experts / 2), "one token reads half of the experts, many read all"
+    assert mixture.multiply_adds(2, 0) == 2 * mixture.multiply_adds(1, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gemma3", "qwen2"])
+def test_ideal_of_other_families(kind: str) -> None:
+    found = work(toy.tiny_random(kind))
+    assert found.layers > 0
+    assert found.vocabulary >= len(toy.toy_tokenizer()) * 64
+
+
+# --- before a start ---
+
+
+def test_choose_models() -> None:
+    there = {name: Path(name) for name in ("baseline", "pruned-9", "healed-15", "healed-9", "baseline-healed")}
+    assert list(choose_models(None, there, "x")) == list(there)
+    assert list(choose_models(["healed", "baseline", "baseline-healed"], there, "x")) == [
+        "healed-9",
+        "baseline",
+        "baseline-healed",
+    ]
+    with pytest.raises(UserError, match=r"bench.models: the run has no model 'heald'; it has baseline, pruned-9"):
+        choose_models(["heald"], there, "bench.models")
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"serve.port: 127.0.0.1:{port} cannot be used .*serve.port=8001"):
+            free_port("127.0.0.1", port)
+        assert free_port("127.0.0.1", 0) not in (0, port)
+
+
+def test_gpus_are_shared_evenly() -> None:
+    assert gpu_share("auto", 2, 0) == 0
+    assert gpu_share("auto", 2, 8) == 1
+    assert gpu_share("auto", 2, 1) == 0.5
+    assert gpu_share("auto", 3, 2) == 0.5, "three halves fit on two, three times two thirds do not"
+    assert gpu_share(0.25, 2, 1) == 0.25
+    assert serve_dtype(Serve(), "float32", 0) == "bfloat16"
+    assert serve_dtype(Serve(), "float32", 1) == "float32"
+    assert serve_dtype(Serve(dtype="float16"), "float32", 1) == "float16"
+
+
+def test_memory_is_checked_with_its_numbers() -> None:
+    check_memory([1e9, 1e9], 1, 1e9, 20e9)
+    with pytest.raises(UserError, match=r"2 models, 3 of each.*weights 6.0, key-value caches 6.0.* 20.0 GB are free"):
+        check_memory([1e9, 1e9], 3, 1e9, 20e9)
+
+
+def test_error_lines_find_the_cause() -> None:
+    log = """INFO loading
+    Traceback (most recent call last):
+    ValueError: head size 8 is not supported
+    RuntimeError: Engine core initialization failed. See root cause above.
+    vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.
+    """
+    assert error_lines(log)[-1] == "ValueError: head size 8 is not supported"
+    assert error_lines("RuntimeError: Engine core initialization failed.")
+    assert error_lines("INFO all is well") == []
+
+
+def test_wrong_sections_are_refused() -> None:
+    for section, message in (
+        ({"bench": {"concurrency": [1, 1]}}, "none twice"),
+        ({"bench": {"repeats": 1}}, "greater than or equal to 2"),
+        ({"serve": {"replicas": 2, "max_replicas": 1}}, "less than replicas"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_recipe({"model": "m", "data": {"en-de": {"test": "x"}}, "run_dir": "r", **section})
+
+
+# --- one line in, one line out ---
+
+
+@pytest.fixture(scope="module")
+def pruned(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pruned")
+    card = card_for(
+        "toy", "0", "model.layers", list(REMOVED), Prompt(template=toy.TOY_TEMPLATE).model_dump(mode="json")
+    )
+    save_checkpoint(load_model(toy_checkpoint), toy_checkpoint, path, card, REMOVED)
+    return path
+
+
+def test_translate_keeps_lines(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = toy.toy_splits()["test"][:10]
+    endless = " ".join(row["source"] for row in toy.toy_splits()["train"])
+    lines = [row["source"] for row in rows]
+    lines[3:3] = ["", "   ", endless]
+    out = io.StringIO()
+    translate(pruned, "xx-yy", lines, out, batch_size=4)
+    found = out.getvalue().split("\n")
+    assert found.pop() == ""
+    assert len(found) == len(lines)
+    assert [found[i] for i in (0, 1, 2, *range(6, 13))] == [row["target"] for row in rows]
+    assert found[3:5] == ["", ""]
+    assert "line 6: " in capsys.readouterr().err
+
+
+def test_translate_answers_as_lines_come(pruned: Path) -> None:
+    out = io.StringIO()
+    answered = []
+
+    def typed() -> Iterator[str]:
+        for row in toy.toy_splits()["test"][:3]:
+            yield row["source"]
+            answered.append(out.getvalue().count("\n"))
+
+    translate(pruned, "xx-yy", typed(), out, batch_size=1)
+    assert answered == [1, 2, 3]
+
+
+def test_translate_refuses_early(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint is there"):
+        translate(tmp_path, "xx-yy", [], io.StringIO())
+    with pytest.raises(UserError, match="hyphen"):
+        translate(pruned, "xxyy", [], io.StringIO())
+
+
+# --- through the engines ---
+
+
+@pytest.fixture(scope="module")
+def context(
+    ray_session: None,
+    toy_checkpoint: Path,
+    toy_data: dict[str, Path],
+    pruned: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Context:
+    run_dir = tmp_path_factory.mktemp("serve") / "run"
+    recipe = parse_recipe(
+        {
+            "model": str(toy_checkpoint),
+            "data": {"xx-yy": {"test": str(toy_data["test"])}},
+            "run_dir": str(run_dir),
+            "serve": {"port": 0, "dtype": "float32", "max_model_len": 128, "ready_timeout_s": 400},
+            "bench": {
+                "models": ["baseline", "pruned"],
+                "concurrency": [1, 3],
+                "requests": 4,
+                "output_tokens": 8,
+                "warmup": 1,
+                "repeats": 2,
+            },
+        }
+    )
+    rundir = RunDir(recipe.run_dir)
+    with rundir.building(f"models/{PRUNED}") as scratch:
+        for file in pruned.iterdir():
+            (scratch / file.name).write_bytes(file.read_bytes())
+    splits = Splits(test={"xx-yy": read_pairs(toy_data["test"], "xx-yy")})
+    prompt = Prompt(template=toy.TOY_TEMPLATE)
+    return Context(recipe, rundir, splits, prompt, toy_checkpoint, "float32", Reporter(io.StringIO()))
+
+
+@pytest.mark.slow
+def test_endpoint_and_bench(context: Context) -> None:
+    notes: list[str] = []
+    models = context.models()
+    assert list(models) == ["baseline", PRUNED]
+    plan = plan_bench(context)
+    with endpoint(context, models, notes.append) as url:
+        port = int(url.rpartition(":")[2])
+        speaks_openai(url)
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be used"):
+            free_port("127.0.0.1", port)
+
+        measure_missing(context, plan, url)
+        files = {path.name: path for path in Path(context.rundir.full("bench")).rglob("*.json")}
+        assert len(files) == 2 * 2 * 2
+        before = {name: path.read_text() for name, path in files.items()}
+        files["baseline-c3-r1.json"].unlink()  # as after a kill
+        measure_missing(context, plan, url)
+        after = {name: path.read_text() for name, path in files.items()}
+        assert [name for name in after if after[name] != before[name]] == ["baseline-c3-r1.json"]
+    assert notes and all("starting" in note for note in notes)
+    assert free_port("127.0.0.1", port) == port, "a second start can take the same port"
+    assert "Initializing a V1 LLM engine" in (context.rundir.logs() / "serve-baseline.log").read_text()
+
+    result = bench(context)  # all is measured: nothing starts
+    assert context.rundir.read_json("bench.json") == result
+    assert result["starts"] == 2
+    assert result["errors"] == 0
+    for name in models:
+        for setting, n in (("c1", 8), ("c3", 12)):
+            speed = result["models"][name][setting]
+            assert speed["ttft_ms"]["p50"]["n"] == n
+            assert 0 < speed["tpot_ms"]["p50"]["value"] < speed["e2e_ms"]["p50"]["value"]
+            assert speed["ttft_ms"]["p50"]["value"] < speed["e2e_ms"]["p50"]["value"]
+            assert speed["output_tokens_per_s"]["value"] > 0
+    assert result["ideal"][PRUNED]["speedup"]["c1"]["by_bytes"] > 1
+    assert result["machine"]["cores"] >= 1
+
+
+def speaks_openai(url: str) -> None:
+    """Models, completions whole and streamed, chat, and errors a client can read."""
+    assert url in usage(url, ["baseline"])
+    names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+    assert sorted(names) == ["baseline", PRUNED]
+    row = toy.toy_splits()["test"][0]
+    body = {"prompt": f"{row['source']} =", "max_tokens": 16, "temperature": 0, "stop": "\n"}
+    for name in names:
+        answer = httpx.post(f"{url}/v1/completions", json={**body, "model": name}, timeout=60).json()
+        assert answer["choices"][0]["text"].strip() == row["target"], name
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "model": PRUNED, "stream": True}) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: {")]
+    parts = [json.loads(line)["choices"][0]["text"] for line in lines]
+    assert "".join(parts).strip() == row["target"]
+    assert len([part for part in parts if part]) > 1, "token by token"
+    wrong = httpx.post(f"{url}/v1/completions", json={**body, "model": "nobody"}, timeout=60)
+    assert wrong.status_code == 404
+    too_long = httpx.post(f"{url}/v1/completions", json={**body, "model": PRUNED, "max_tokens": 10**6}, timeout=60)
+    assert too_long.status_code == 400
+
+
+@pytest.mark.slow
+def test_too_few_cpus_are_refused_before_the_start(context: Context) -> None:
+    serve = context.recipe.serve.model_copy(update={"cpus": 1000})
+    crowded = replace(context, recipe=context.recipe.model_copy(update={"serve": serve}))
+    with pytest.raises(UserError, match="serving 2 models needs"), endpoint(crowded, context.models()):
+        pytest.fail("nothing may start")
