@@ -46,7 +46,7 @@ def main_options(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it would cost.")] = False,
 ) -> None:
     """Every stage of a recipe in order; run again, it goes on where it stopped.
@@ -63,7 +63,7 @@ def run(
 
 
 @app.command()
-def search(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+def search(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Find the layers the task does not need, and write plan.json.
 
     Example: `raylp search recipes/demo.yaml`
@@ -74,7 +74,7 @@ def search(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: 
 @app.command()
 def prune(
     recipe: RecipeArgument,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
     layers: Annotated[
         str | None, typer.Option(help="Layers to remove, such as 13,12,11: a published list, no search is needed.")
     ] = None,
@@ -95,7 +95,7 @@ def prune(
 
 
 @app.command()
-def distill(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+def distill(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Translate the training sources with the teacher, and filter.
 
     Example: `raylp distill recipes/demo.yaml`
@@ -104,7 +104,7 @@ def distill(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa:
 
 
 @app.command()
-def heal(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+def heal(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Train the pruned model, and the unpruned one in the same way.
 
     Example: `raylp heal recipes/demo.yaml`
@@ -113,7 +113,7 @@ def heal(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B0
 
 
 @app.command()
-def evaluate(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+def evaluate(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Translate the test sets with every model of the run, and score.
 
     Example: `raylp evaluate recipes/demo.yaml`
@@ -122,7 +122,7 @@ def evaluate(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa
 
 
 @app.command()
-def bench(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006
+def bench(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Serve baseline and healed model, and measure latency and throughput.
 
     Example: `raylp bench recipes/demo.yaml --set bench.requests=64`
@@ -133,7 +133,7 @@ def bench(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B
 @app.command()
 def serve(
     run_dir: RunArgument,
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
 ) -> None:
     """The run's models behind one OpenAI-compatible endpoint, until Ctrl-C.
 
@@ -204,7 +204,7 @@ def plan(run_dir: RunArgument) -> None:
 def submit(
     recipe: RecipeArgument,
     address: Annotated[str, typer.Option(help="Of the cluster's dashboard, such as http://127.0.0.1:8265.")],
-    overrides: SetOption = [],  # noqa: B006
+    overrides: SetOption = [],
     python: Annotated[str, typer.Option(help="The Python on the cluster that has raylp's stack.")] = "python",
     follow: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = True,
 ) -> None:
@@ -291,7 +291,7 @@ def _run(recipe_path: Path, overrides: list[str], *only: str | None) -> None:
         reporter = Reporter(err)
         try:
             for stage in only:
-                run_pipeline(recipe, reporter, stage, lambda done: _show_report(done, out) if stage is None else None)  # noqa: B023
+                run_pipeline(recipe, reporter, stage, lambda done: _show_report(done, out) if stage is None else None)
         finally:
             _shut_ray_down()
         if only != (None,):

@@ -12,7 +12,10 @@ from conftest import toy_recipe
 from raylp.cli import main
 
 ROOT = Path(__file__).parent.parent
-VERBS = "run search prune distill heal evaluate bench serve translate report plan submit doctor".split()
+VERBS = [
+    *("run", "search", "prune", "distill", "heal", "evaluate", "bench"),
+    *("serve", "translate", "report", "plan", "submit", "doctor"),
+]
 
 
 def raylp(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

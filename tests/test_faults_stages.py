@@ -69,9 +69,7 @@ def steps(run_dir: Path, name: str) -> list[int]:
     return [json.loads(line)["step"] for line in (run_dir / "heal" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_a_run_survives_a_kill_in_every_stage(
-    tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]
-) -> None:
+def test_a_run_survives_a_kill_in_every_stage(tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> None:
     calm = write_recipe(tmp_path / "calm.yaml", toy_checkpoint, toy_data, tmp_path / "calm")
     rough = write_recipe(tmp_path / "rough.yaml", toy_checkpoint, toy_data, tmp_path / "rough")
     subprocess.run(command(calm), check=True, capture_output=True)
@@ -80,7 +78,9 @@ def test_a_run_survives_a_kill_in_every_stage(
     done = subprocess.run(command(rough), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path / "calm", "plan.json") == read(tmp_path / "rough", "plan.json")
-    tables = [pyarrow.parquet.read_table(tmp_path / d / "distill/teacher.parquet").to_pylist() for d in ("calm", "rough")]
+    tables = [
+        pyarrow.parquet.read_table(tmp_path / d / "distill/teacher.parquet").to_pylist() for d in ("calm", "rough")
+    ]
     assert [row["id"] for row in tables[0]] == [row["id"] for row in tables[1]]
     assert len({row["id"] for row in tables[1]}) == len(tables[1]) == toy.SPLIT_SIZES["train"]
     assert [row["translation"] for row in tables[0]] == [row["translation"] for row in tables[1]]

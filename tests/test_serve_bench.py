@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shlex
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,7 +56,7 @@ latencies = st.lists(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=20), min
 @settings(max_examples=20, deadline=None)
 def test_percentiles_lie_in_their_intervals(repeats: list[list[float]]) -> None:
     found = percentiles(repeats, "x")
-    pooled = sum(repeats, [])
+    pooled = [value for values in repeats for value in values]
     values = [found[name]["value"] for name in ("p50", "p90", "p99")]
     assert values == sorted(values)
     assert values[0] == pytest.approx(np.median(pooled))
@@ -167,7 +168,7 @@ def test_a_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"serve.port: 127.0.0.1:{port} cannot be used .*serve.port=8001"):
-            free_port("127.0.0.1", port)
+            free_port("127.0.0.1", port, 0.3)
         assert free_port("127.0.0.1", 0) not in (0, port)
 
 
@@ -304,8 +305,11 @@ def test_endpoint_and_bench(context: Context) -> None:
     with endpoint(context, models, notes.append) as url:
         port = int(url.rpartition(":")[2])
         speaks_openai(url)
+        example = shlex.split(usage(context, url, list(models)).partition("try: ")[2])
+        answer = httpx.post(example[1], json=json.loads(example[-1]), timeout=60)
+        assert example[0] == "curl" and answer.json()["model"] == PRUNED
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be used"):
-            free_port("127.0.0.1", port)
+            free_port("127.0.0.1", port, 0)
 
         measure_missing(context, plan, url)
         files = {path.name: path for path in Path(context.rundir.full("bench")).rglob("*.json")}
@@ -336,7 +340,6 @@ def test_endpoint_and_bench(context: Context) -> None:
 
 def speaks_openai(url: str) -> None:
     """Models, completions whole and streamed, chat, and errors a client can read."""
-    assert url in usage(url, ["baseline"])
     names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
     assert sorted(names) == ["baseline", PRUNED]
     row = toy.toy_splits()["test"][0]

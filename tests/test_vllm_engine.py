@@ -1,4 +1,4 @@
-"""vLLM and transformers say the same, whole and without layers. The engines run where a run has them: in a Ray worker."""
+"""vLLM and transformers say the same, whole and without layers. The engines run in a Ray worker, as in a run."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +36,8 @@ def on_vllm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     ray.kill(worker)
 
 
-def toy_requests(tokenizer: Any, count: int, prompt: Prompt = Prompt(template=toy.TOY_TEMPLATE)) -> list[Request]:
+def toy_requests(tokenizer: Any, count: int) -> list[Request]:
+    prompt = Prompt(template=toy.TOY_TEMPLATE)
     rows = toy.toy_splits()["test"][:count]
     return prompt.requests(tokenizer, [(row["source"], "xx-yy") for row in rows])
 
@@ -78,7 +79,7 @@ def test_skipped_is_pruned(on_vllm: Translate, toy_checkpoint: Path, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3_text", "cohere"])
 def test_every_form_of_layer(on_vllm: Translate, kind: str) -> None:
-    """GPT-2's layers give hidden states alone, Gemma's hidden states and a residual, Cohere's a residual of no meaning."""
+    """GPT-2's layers give hidden states alone, Gemma's a residual besides, Cohere's one that means nothing."""
     path = toy.tiny_random(kind)
     requests = [Request(r.tokens, 10) for r in toy_requests(load_tokenizer(path), 4)]
     for removed in ((), (0, 3), (5,)):

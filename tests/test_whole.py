@@ -78,8 +78,10 @@ def job(
     }
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     done = subprocess.run(
-        [sys.executable, "-m", "raylp", "submit", "recipes/demo.yaml", "--address", cluster_address, *sets]
-        + ["--python", sys.executable],
+        [
+            *(sys.executable, "-m", "raylp", "submit", "recipes/demo.yaml", "--address", cluster_address),
+            *(*sets, "--python", sys.executable),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -48,7 +48,7 @@ def mean_of_repeats(values: Sequence[float], signature: str) -> dict[str, Any]:
 
 
 def _resamples(pooled: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """(resamples, values): as many repeats as there are, drawn anew, and as many requests in each as the longest has."""
+    """(resamples, values): as many repeats as there are, drawn anew, in each as many requests as the longest has."""
     rng = np.random.default_rng(SEED)
     sizes = np.asarray(lengths)
     starts = np.cumsum(sizes) - sizes

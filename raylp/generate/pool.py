@@ -90,8 +90,8 @@ def num_workers(resources: Resources, weights_bytes: float) -> int:
         needed = weights_bytes + resources.workers * WORKER_BYTES
         if gpus == 0 and needed > room:
             raise UserError(
-                f"{resources.workers} workers need about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free: "
-                f"lower resources.workers or close other programs"
+                f"{resources.workers} workers need about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are "
+                f"free: lower resources.workers or close other programs"
             )
         return resources.workers
     if gpus:

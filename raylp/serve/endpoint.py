@@ -1,10 +1,12 @@
 """An OpenAI-compatible endpoint for the models of a run: Ray Serve in front, a vLLM engine for each model behind."""
 
+import errno
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import signal
 import socket
 import threading
@@ -26,6 +28,7 @@ from raylp.serve.config import Serve
 APP = "raylp"
 BEAT_S = 2.0
 INGRESS_CPUS = 0.5
+PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
 # Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm
 # in each; ingress, controller, proxy and Ray itself are the rest.
 REPLICA_BYTES = 2.2e9
@@ -47,7 +50,7 @@ def serve(context: Context, out: TextIO) -> None:
     with ExitStack() as stack:
         with context.reporter.task("starting the endpoint") as task:
             url = stack.enter_context(endpoint(context, models, task.beat))
-        print(usage(url, list(models)), file=out, flush=True)
+        print(usage(context, url, list(models)), file=out, flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         # A wait without end would not let Python run the handler at once.
@@ -56,10 +59,17 @@ def serve(context: Context, out: TextIO) -> None:
         context.reporter.line("shutting the endpoint down")
 
 
-def usage(url: str, names: Sequence[str]) -> str:
-    """One line: where the endpoint is, what it serves, and a request to try."""
-    body = json.dumps({"model": names[-1], "prompt": "English: Hello\nGerman:", "max_tokens": 16, "stop": "\n"})
-    example = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+def usage(context: Context, url: str, names: Sequence[str]) -> str:
+    """One line: where the endpoint is, what it serves, and a request to try, in the words of the run's prompt."""
+    pairs = [corpus.pair or name.rpartition(":")[2] for name, corpus in context.recipe.data.items()]
+    asked = context.prompt.ask("Hello", pairs[0])
+    body: dict[str, Any] = {"model": names[-1], "max_tokens": 16, "temperature": 0}
+    if context.prompt.chat:
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": asked}]
+    else:
+        path, body["prompt"], body["stop"] = "completions", asked, "\n"
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    example = f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"
     return f"{url}/v1  models: {', '.join(names)}  try: {example}"
 
 
@@ -192,22 +202,27 @@ def gpu_share(wanted: float | str, engines: int, total: float) -> float:
     return 1 if engines <= total else 1 / math.ceil(engines / int(total))
 
 
-def free_port(host: str, port: int) -> int:
-    """`port` if nobody listens there; any free one for 0.
+def free_port(host: str, port: int, patience_s: float = PORT_PATIENCE_S) -> int:
+    """`port` if nobody listens there, or stops to within `patience_s`; any free one for 0.
 
     Raises:
         UserError: the port is taken, or the host is not this machine.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"serve.port: {host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose "
-                f"another port with --set serve.port=8001 (0 takes any free one)"
-            ) from error
-        return int(probe.getsockname()[1])
+    deadline = time.monotonic() + patience_s
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return int(probe.getsockname()[1])
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                raise UserError(
+                    f"serve.port: {host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose "
+                    f"another port with --set serve.port=8001 (0 takes any free one)"
+                ) from error
 
 
 def kv_cache_bytes() -> float:
