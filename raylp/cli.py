@@ -289,12 +289,13 @@ def _run(recipe_path: Path, overrides: list[str], *only: str | None) -> None:
     rundir.check_writable()
     with engines_to(rundir.logs() / "driver.log") as (out, err):
         reporter = Reporter(err)
+        whole = only == (None,)
         try:
             for stage in only:
-                run_pipeline(recipe, reporter, stage, lambda done: _show_report(done, out) if stage is None else None)
+                run_pipeline(recipe, reporter, stage, (lambda done: _show_report(done, out)) if whole else None)
         finally:
             _shut_ray_down()
-        if only != (None,):
+        if not whole:
             print(rundir.uri(""), file=out)
 
 
