@@ -289,20 +289,20 @@ def _run(recipe_path: Path, overrides: list[str], *only: str | None) -> None:
     rundir.check_writable()
     with engines_to(rundir.logs() / "driver.log") as (out, err):
         reporter = Reporter(err)
-        whole = only == (None,)
+        whole, ray_was_there = only == (None,), _ray_runs()
         try:
             for stage in only:
                 run_pipeline(recipe, reporter, stage, (lambda done: _show_report(done, out)) if whole else None)
         finally:
-            _shut_ray_down()
+            if _ray_runs() and not ray_was_there:
+                sys.modules["ray"].shutdown()
         if not whole:
             print(rundir.uri(""), file=out)
 
 
-def _shut_ray_down() -> None:
+def _ray_runs() -> bool:
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
+    return ray is not None and ray.is_initialized()
 
 
 def _show_report(rundir: Any, out: TextIO) -> None:

@@ -227,8 +227,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         place = inner
     try:
         place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML") from error
+    except yaml.YAMLError:  # a text that YAML reads otherwise, such as the template '{source} ='
+        place[last] = text
 
 
 def _explain(content: dict[str, Any], item: Any) -> str:

@@ -50,7 +50,10 @@ def test_missing_keys() -> None:
 def test_overrides_and_files(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: ./m\ndata: {en-de: {test: t.tsv}}\nrun_dir: runs/x\nheal:\n")
-    recipe = load_recipe(path, ["search.remove=2", "heal.lora.rank=4", "model.dtype=float32"])
+    recipe = load_recipe(
+        path, ["search.remove=2", "heal.lora.rank=4", "model.dtype=float32", "prompt.template={source} ="]
+    )
+    assert recipe.prompt.template == "{source} ="
     assert recipe.search is not None and recipe.search.remove == 2
     assert recipe.heal is not None and recipe.heal.lora.rank == 4
     assert recipe.model.name == str(tmp_path / "m") and recipe.model.dtype == "float32"

@@ -314,13 +314,13 @@ def test_endpoint_and_bench(context: Context) -> None:
             free_port("127.0.0.1", port, 0)
 
         measure_missing(context, plan, url)
-        files = {path.name: path for path in Path(context.rundir.full("bench")).rglob("*.json")}
-        assert len(files) == 2 * 2 * 2
-        before = {name: path.read_text() for name, path in files.items()}
-        files["baseline-c3-r1.json"].unlink()  # as after a kill
+        before = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
+        assert len(before) == 2 * 2 * 2
+        lost = Cell("baseline", 3, 1)
+        context.rundir.remove(plan.file(lost))  # as after a kill
         measure_missing(context, plan, url)
-        after = {name: path.read_text() for name, path in files.items()}
-        assert [name for name in after if after[name] != before[name]] == ["baseline-c3-r1.json"]
+        after = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
+        assert [cell for cell in after if after[cell] != before[cell]] == [lost]
     assert notes and all("starting" in note for note in notes)
     assert free_port("127.0.0.1", port) == port, "a second start can take the same port"
     assert "Initializing a V1 LLM engine" in (context.rundir.logs() / "serve-baseline.log").read_text()

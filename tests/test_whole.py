@@ -34,7 +34,7 @@ def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     env = {**os.environ, "RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "20"}
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8"]
     command += ["--dashboard-host=127.0.0.1", "--object-store-memory=500000000", "--disable-usage-stats"]
-    command += ["--dashboard-agent-listen-port=0", "--ray-client-server-port=0"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
     binary = Path(sys.executable).parent / command[0]
     process = subprocess.Popen([str(binary), *command[1:]], stdout=log, stderr=log, env=env, start_new_session=True)

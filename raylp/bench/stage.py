@@ -39,25 +39,24 @@ class Cell:
     concurrency: int
     repeat: int
 
-    @property
-    def file(self) -> str:
-        return f"{self.model}-c{self.concurrency}-r{self.repeat}.json"
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: `prompts` as token ids. `place`: the directory the measurements are kept in."""
+    """What is measured: `prompts` as token ids. `places`: the directory each model's measurements are kept in."""
 
     config: Bench
     models: dict[str, Path]
     prompts: list[tuple[int, ...]]
     cells: list[Cell]
-    place: str
+    places: dict[str, str]
+
+    def file(self, cell: Cell) -> str:
+        """Where the measurement is kept in the run directory."""
+        return f"{self.places[cell.model]}/c{cell.concurrency}-r{cell.repeat}.json"
 
     def missing(self, rundir: RunDir) -> list[Cell]:
         """What is not measured yet, in order."""
-        there = set(rundir.names(self.place))
-        return [cell for cell in self.cells if cell.file not in there]
+        return [cell for cell in self.cells if not rundir.exists(self.file(cell))]
 
 
 def bench(context: Context) -> dict[str, Any]:
@@ -67,14 +66,16 @@ def bench(context: Context) -> dict[str, Any]:
         UserError: a model is missing, no test sentence fits, or see `raylp.serve.endpoint.endpoint`.
     """
     plan = plan_bench(context)
-    if plan.missing(context.rundir):
+    if missing := plan.missing(context.rundir):
+        wanted = {name: path for name, path in plan.models.items() if any(cell.model == name for cell in missing)}
         with ExitStack() as stack:
             with context.reporter.task("starting the endpoint") as task:
-                url = stack.enter_context(endpoint(context, plan.models, task.beat))
+                url = stack.enter_context(endpoint(context, wanted, task.beat))
             measure_missing(context, plan, url)
     config, models = plan.config, plan.models
-    found = {cell: context.rundir.read_json(f"{plan.place}/{cell.file}") for cell in plan.cells}
-    dtype = serve_dtype(context.recipe.serve, context.dtype, _gpus())
+    found = {cell: context.rundir.read_json(plan.file(cell)) for cell in plan.cells}
+    (dtype, *others) = {row["dtype"] for row in found.values()}
+    assert not others, "places differ by what the data type depends on"
     length = sum(map(len, plan.prompts)) / len(plan.prompts) + config.output_tokens / 2
     result = {
         "schema": 1,
@@ -87,7 +88,7 @@ def bench(context: Context) -> dict[str, Any]:
         "errors": sum(len(row["measurement"]["errors"]) for row in found.values()),
         # Measurements of several starts of the engines are less alike than those of one.
         "starts": len({row["start"] for row in found.values()}),
-        "load_before": {cell.file.removesuffix(".json"): row["load"] for cell, row in found.items()},
+        "load_before": {f"{c.model}-c{c.concurrency}-r{c.repeat}": row["load"] for c, row in found.items()},
     }
     context.rundir.write_json("bench.json", result)
     return result
@@ -103,16 +104,21 @@ def plan_bench(context: Context) -> Plan:
     models = choose_models(config.models, context.models(), "bench.models")
     prompts = _prompts(context, config)
     cells = schedule(list(models), config.concurrency, config.repeats)
-    return Plan(config, models, prompts, cells, _place(context, models, prompts))
+    places = {name: _place(context, name, path, prompts) for name, path in models.items()}
+    return Plan(config, models, prompts, cells, places)
 
 
 def measure_missing(context: Context, plan: Plan, url: str) -> None:
     """Measures at the endpoint `url` what is not measured yet; each measurement is written as soon as it is made."""
+    import ray
+
     config, missing = plan.config, plan.missing(context.rundir)
+    models = sorted({cell.model for cell in missing})
+    dtype = serve_dtype(context.recipe.serve, context.dtype, ray.cluster_resources().get("GPU", 0))
     start = secrets.token_hex(4)
-    total = sum(config.num_requests(cell.concurrency) for cell in missing) + len(plan.models) * config.warmup
+    total = sum(config.num_requests(cell.concurrency) for cell in missing) + len(models) * config.warmup
     with context.reporter.task("bench", total) as task:
-        for model in plan.models:
+        for model in models:
             hand = [plan.prompts[i % len(plan.prompts)] for i in range(config.warmup)]
             tell = partial(task.advance, 1, f"warming {model} up")
             measure(url, model, hand, max(config.concurrency), config.output_tokens, tell)
@@ -121,8 +127,9 @@ def measure_missing(context: Context, plan: Plan, url: str) -> None:
             hand = plan.prompts[: config.num_requests(cell.concurrency)]
             tell = partial(task.advance, 1, f"{cell.model}, {cell.concurrency} at a time")
             found = measure(url, cell.model, hand, cell.concurrency, config.output_tokens, tell)
-            row = {"start": start, "time": time.time(), "load": load, "measurement": found.as_dict()}
-            context.rundir.write_json(f"{plan.place}/{cell.file}", row)
+            about = {"start": start, "time": time.time(), "load": load, "dtype": dtype}
+            row = {**about, "measurement": found.as_dict()}
+            context.rundir.write_json(plan.file(cell), row)
 
 
 def schedule(models: Sequence[str], concurrency: Sequence[int], repeats: int) -> list[Cell]:
@@ -175,23 +182,18 @@ def _prompts(context: Context, config: Bench) -> list[tuple[int, ...]]:
     return [fitting[i % len(fitting)] for i in range(wanted)]
 
 
-def _place(context: Context, models: Mapping[str, Path], prompts: Sequence[Sequence[int]]) -> str:
-    """The directory of these measurements: another model, load, engine setting or machine is another directory."""
+def _place(context: Context, name: str, path: Path, prompts: Sequence[Sequence[int]]) -> str:
+    """The directory of a model's measurements: other weights, load, engine setting or machine is another directory."""
     config, served = context.recipe.bench or Bench(), context.recipe.serve
     what = {
-        "models": {name: fingerprint(path) for name, path in models.items()},
-        "prompts": prompts[0],
+        "model": fingerprint(path),
+        "prompt": prompts[0],
         "load": config.model_dump(include={"requests", "output_tokens"}),
         "serve": served.model_dump(include={"replicas", "max_replicas", "dtype", "gpus", "max_model_len"}),
+        "dtype": context.dtype,
         "machine": _machine(),
     }
-    return f"bench/{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def _gpus() -> float:
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else float(cluster.num_gpus())
+    return f"bench/{name}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def _machine() -> dict[str, Any]:

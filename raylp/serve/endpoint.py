@@ -249,8 +249,8 @@ def check_memory(what: str, weights: float, kv_cache: float, processes: float, a
     if needed > available:
         raise UserError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory (weights {weights / 1e9:.1f}, key-value caches "
-            f"{kv_cache / 1e9:.1f}, processes {processes / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer models "
-            f"or replicas at a time, or close other programs"
+            f"{kv_cache / 1e9:.1f}, processes {processes / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer "
+            f"models or replicas at a time, or close other programs"
         )
 
 
