@@ -1,6 +1,7 @@
 """The Ray cluster a run uses: one that is there, or one of its own on this machine."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raylp.errors import UserError
@@ -40,6 +41,13 @@ def worker_env() -> dict[str, str]:
     return env
 
 
+def use_token() -> None:
+    """Shows Ray's token to a cluster that asks for one: `ray start` asks for it wherever a token file is."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def start(resources: "Resources") -> None:
     """Connects to `resources.address` or $RAY_ADDRESS, or starts a local Ray; nothing when already connected.
 
@@ -51,11 +59,13 @@ def start(resources: "Resources") -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        use_token()
     import ray
 
     if ray.is_initialized():
         return
-    address = resources.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": worker_env()},
         "log_to_driver": False,

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from raylp import cluster
 from raylp.errors import UserError
 from raylp.recipe import load_recipe
 
@@ -41,6 +42,8 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
     Raises:
         UserError: the recipe is wrong, is not below the current directory, or the cluster does not answer.
     """
+    cluster.use_token()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     load_recipe(recipe, overrides)
@@ -60,6 +63,10 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
             entrypoint=job_entrypoint(str(inside), overrides, python),
             runtime_env={"working_dir": str(root), "excludes": NEVER_SENT, "env_vars": {"PYTHONUNBUFFERED": "1"}},
         )
+    except AuthenticationError as error:
+        raise UserError(
+            f"the cluster at {address} wants a token: put it into ~/.ray/auth_token, or set RAY_AUTH_TOKEN"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"no Ray dashboard answers at {address} ({_short(error)}): start Ray, or check --address", 1

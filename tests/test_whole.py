@@ -33,7 +33,12 @@ def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port, dashboard = free_port(), free_port()
     env = {**os.environ, "RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "20"}
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8"]
-    command += ["--dashboard-host=127.0.0.1", "--object-store-memory=500000000", "--disable-usage-stats"]
+    command += [
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--object-store-memory=500000000",
+        "--disable-usage-stats",
+    ]
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
     binary = Path(sys.executable).parent / command[0]
