@@ -80,6 +80,7 @@ def start(resources: "Resources") -> None:
             raise UserError(f"no Ray cluster answers at {address}: {error}; check resources.address", 1) from error
         return
     ray.init(
+        address="local",  # without it, Ray would join any cluster that runs on this machine, and refuse num_cpus
         num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
         num_gpus=resources.gpus if resources.gpus is not None else num_gpus(),
         include_dashboard=False,
