@@ -28,6 +28,8 @@ SetOption = Annotated[
     list[str], typer.Option("--set", help="Override a value of the recipe: key=value, such as search.remove=4.")
 ]
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 state = {"debug": False}
 
 
@@ -238,6 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
     stop = _ignore_second_signal()
     try:
         code = app(arguments, standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as error:
         code = _complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

@@ -31,6 +31,7 @@ class Task:
         self.note = ""
         self.started = time.monotonic()
         self._last_line = 0.0
+        self._whole = False
         self._bar = reporter.bars.add_task(name, total=total, note="") if reporter.bars else None
 
     def expect(self, total: float) -> None:
@@ -51,8 +52,10 @@ class Task:
             self.reporter.bars.update(self._bar, completed=done, note=self.note)
             return
         now = time.monotonic()
-        if now - self._last_line >= LINE_EVERY_S or (self.total is not None and done >= self.total):
+        just_whole = self.total is not None and done >= self.total and not self._whole
+        if now - self._last_line >= LINE_EVERY_S or just_whole:
             self._last_line = now
+            self._whole = self._whole or just_whole
             self.reporter.line(self._text(now - self.started))
 
     def beat(self, note: str | None = None) -> None:
