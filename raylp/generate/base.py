@@ -75,6 +75,16 @@ def loops(tokens: Sequence[int]) -> bool:
     return False
 
 
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Length of the longest common beginning that leaves every prompt at least its last token."""
+    first, last = min(prompts), max(prompts)
+    limit = min(len(prompt) for prompt in prompts) - 1
+    length = 0
+    while length < limit and first[length] == last[length]:
+        length += 1
+    return length
+
+
 def stop_rule(tokenizer: Any, config: Any, newline: bool = True) -> StopRule:
     """End-of-text tokens of tokenizer and model and, with `newline`, every token that holds a newline."""
     stop: set[int] = {tokenizer.eos_token_id} - {None}

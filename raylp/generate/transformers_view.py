@@ -7,7 +7,7 @@ like length; rows leave the batch when they end; and rows that ramble or repeat 
 from collections.abc import Sequence
 from typing import Any
 
-from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
+from raylp.generate.base import Output, Request, StopRule, common_prefix, stop_rule, to_output
 from raylp.models.stack import text_config
 from raylp.models.view import without_layers
 
@@ -50,7 +50,7 @@ class _Prefix:
         from transformers import DynamicCache
 
         self.model = model
-        self.length = _common_prefix(prompts) if len(prompts) > 1 else 0
+        self.length = common_prefix(prompts) if len(prompts) > 1 else 0
         self.layers: list[tuple[Any, Any]] = []
         if self.length == 0:
             return
@@ -89,16 +89,6 @@ def _shift(states: Any, count: int) -> Any:
     import torch
 
     return torch.nn.functional.pad(states[:, :, : states.shape[2] - count], (0, 0, count, 0))
-
-
-def _common_prefix(prompts: list[tuple[int, ...]]) -> int:
-    """Length of the longest common beginning that leaves every prompt at least one token of its own."""
-    first, last = min(prompts), max(prompts)
-    limit = min(len(prompt) for prompt in prompts) - 1
-    length = 0
-    while length < limit and first[length] == last[length]:
-        length += 1
-    return length
 
 
 def _greedy(model: Any, prefix: _Prefix, requests: list[Request], rule: StopRule) -> list[tuple[tuple[int, ...], str]]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylp.generate.base import common_prefix
+
 # Rotary tables are computed for it; longer positions than this are no use to a mask either.
 NO_WINDOW = 1 << 30
 
@@ -41,16 +43,6 @@ class Row:
     members: list[int]
     predict: list[int]
     targets: list[int]
-
-
-def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Length of the longest common beginning that leaves every prompt at least its last token."""
-    first, last = min(prompts), max(prompts)
-    limit = min(len(prompt) for prompt in prompts) - 1
-    length = 0
-    while length < limit and first[length] == last[length]:
-        length += 1
-    return length
 
 
 def pack(examples: Sequence[Example]) -> Row:
