@@ -35,6 +35,9 @@ def worker_env() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        # Serve's controller kills a proxy that is not ready in 5 s; on a busy machine the imports alone take longer.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
     }
     if num_gpus() == 0:
         env["DS_ACCELERATOR"] = "cpu"
@@ -102,8 +105,8 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
         there = total.get(key, 0)
         if wanted > there:
             raise UserError(
-                f"{what} needs {wanted:g} logical {name}, the Ray cluster has {there:g}: lower resources.workers, or "
-                f"raise resources.{name.lower()} (logical CPUs may exceed the cores)"
+                f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: ask for less, or raise "
+                f"resources.{name.lower()}" + (" (logical CPUs may exceed the cores)" if key == "CPU" else "")
             )
 
 

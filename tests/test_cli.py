@@ -52,7 +52,7 @@ def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str],
         (["prompt.template={sauce}"], 2, "prompt.template"),
         (["prompt.examples=2", "data.xx-yy.train=null"], 2, "no corpus has one: name data.<name>.train"),
         (["run_dir=/proc/raylp"], 2, "run_dir /proc/raylp cannot be written"),
-        (["resources.workers=4000"], 2, "needs 4000 logical CPUs, the Ray cluster has"),
+        (["resources.workers=4000"], 2, "needs 4000 CPUs, the Ray cluster has"),
     ],
 )
 def test_mistakes_in_a_recipe(

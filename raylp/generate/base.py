@@ -1,6 +1,6 @@
 """What every backend takes and gives, and the rules for where a translation ends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,11 +85,15 @@ def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     return length
 
 
-def stop_rule(tokenizer: Any, config: Any, newline: bool = True) -> StopRule:
-    """End-of-text tokens of tokenizer and model and, with `newline`, every token that holds a newline."""
-    stop: set[int] = {tokenizer.eos_token_id} - {None}
-    ends = getattr(config, "eos_token_id", None)
-    stop |= set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
+def stop_rule(tokenizer: Any, configs: Iterable[Any], newline: bool = True) -> StopRule:
+    """End-of-text tokens of the tokenizer and of `configs` and, with `newline`, every token that holds a newline.
+
+    `configs`: the model's configuration and its generation configuration: a chat model often names the token that ends
+    its turn in the second only.
+    """
+    stop: set[int] = set()
+    for ends in (tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
+        stop |= set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
     if newline:
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         marks = ("\n", "Ċ", "<0x0A>")  # as is, in byte-level vocabularies, in SentencePiece's byte fallback

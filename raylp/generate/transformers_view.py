@@ -23,7 +23,7 @@ class TransformersGenerator:
         self.newline = newline
         self.batch_size = batch_size
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.rule = stop_rule(tokenizer, text_config(model), newline)
+        self.rule = stop_rule(tokenizer, [text_config(model), model.generation_config], newline)
         # The last position of several rows is a strided view, which torch projects row by row, reading the whole
         # vocabulary matrix for each (4 times slower for 16 rows and 262,144 words); contiguous rows are one product.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))

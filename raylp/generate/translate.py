@@ -12,9 +12,8 @@ from raylp.data.languages import split_pair
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.generate.base import Generator, Output, Request
-from raylp.generate.vllm_engine import max_positions
 from raylp.models.checkpoint import CARD, read_card
-from raylp.models.load import load_model, load_tokenizer, stored_dtype
+from raylp.models.load import load_model, load_tokenizer, max_positions, stored_dtype
 
 VLLM_LENGTH = 1024
 

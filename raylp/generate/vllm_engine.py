@@ -14,7 +14,7 @@ from typing import Any
 
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, stop_rule, to_output
-from raylp.models.load import load_tokenizer, read_config
+from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.view import check_removed
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
@@ -52,7 +52,7 @@ class VLLMGenerator:
         config = read_config(path).get_text_config(decoder=True)
         self.num_layers = config.num_hidden_layers
         self.max_model_len = min(max_model_len, max_positions(path) or max_model_len)
-        self.rule = stop_rule(self.tokenizer, config, newline)
+        self.rule = stop_rule(self.tokenizer, [config, read_generation_config(path)], newline)
         self._skippable = skippable
         self._removed: list[int] = []
         self._count = 0
@@ -156,12 +156,6 @@ def _cause(error: Exception) -> str:
     if "failed to be inspected" in str(error) and importlib.util.find_spec("torchvision") is None:
         return "it is of a kind that also sees images, and vLLM needs torchvision for it, which is not installed"
     return str(error)
-
-
-def max_positions(path: Path) -> int | None:
-    """The most tokens the model in `path` was made for, where its configuration says so."""
-    config = read_config(path).get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def request_amx() -> None:

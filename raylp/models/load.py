@@ -19,6 +19,24 @@ def read_config(path: Path) -> Any:
         raise UserError(f"model {path}: transformers cannot read its config.json: {error}") from error
 
 
+def read_generation_config(path: Path) -> Any:
+    """generation_config.json of the checkpoint in `path`, or what its config.json says about generation."""
+    from transformers import GenerationConfig
+
+    if not (path / "generation_config.json").exists():
+        return GenerationConfig.from_model_config(read_config(path))
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"model {path}: transformers cannot read its generation_config.json: {error}") from error
+
+
+def max_positions(path: Path) -> int | None:
+    """The most tokens the model in `path` was made for, where its configuration says so."""
+    config = read_config(path).get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 def stored_dtype(path: Path) -> str:
     """The data type most of the weights in `path` are stored in, counted in bytes."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

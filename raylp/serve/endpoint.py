@@ -21,9 +21,8 @@ import psutil
 from raylp import cluster
 from raylp.context import Context
 from raylp.errors import UserError
-from raylp.generate.vllm_engine import max_positions
 from raylp.models.checkpoint import count_parameters
-from raylp.models.load import read_config
+from raylp.models.load import max_positions, read_config
 from raylp.serve.config import Serve
 
 APP = "raylp"
