@@ -113,7 +113,7 @@ def test_prompt_errors(toy_checkpoint: Path) -> None:
 
 
 def test_samples_of_the_demo() -> None:
-    for pair, sizes in {"en-de": (48, 168, 20, 64), "cs-de": (24, 36, 10, 30)}.items():
+    for pair, sizes in {"en-de": (48, 319, 20, 64), "cs-de": (24, 36, 10, 30)}.items():
         splits = {
             split: read_pairs(ROOT / f"recipes/samples/{pair}/{split}.jsonl", pair)
             for split in ("search", "train", "dev", "test")
