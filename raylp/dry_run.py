@@ -10,12 +10,11 @@ from rich.table import Table
 from raylp import cluster
 from raylp.context import Context
 from raylp.generate.pool import WORKER_BYTES, make_generator
-from raylp.models.checkpoint import count_parameters
+from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.pipeline import needed_disk, open_context, wanted_stages
 from raylp.progress import Reporter
 from raylp.recipe import Recipe
 from raylp.search.greedy import layers_to_remove, num_evaluations, protected_layers
-from raylp.search.stage import stack_size
 
 TIMED_SENTENCES = 8
 TRAINING_OVER_GENERATION = 3.0  # a trained token costs a forward and a backward pass of twice the work

@@ -19,13 +19,12 @@ from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
 from raylp.machine import machine, versions
-from raylp.models.checkpoint import count_parameters
+from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
 from raylp.progress import Reporter
 from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
 from raylp.search.greedy import layers_to_remove, protected_layers
-from raylp.search.stage import stack_size
 
 SCHEMA = 1
 

@@ -325,8 +325,9 @@ def test_endpoint_and_bench(context: Context) -> None:
     assert free_port("127.0.0.1", port) == port, "a second start can take the same port"
     assert "Initializing a V1 LLM engine" in (context.rundir.logs() / "serve-baseline.log").read_text()
 
-    result = bench(context)  # all is measured: nothing starts
-    assert context.rundir.read_json("bench.json") == result
+    bench(context)  # all is measured: nothing starts
+    result = context.rundir.read_json("bench.json")
+    assert result["sizes"][PRUNED]["layers"] < result["sizes"]["baseline"]["layers"]
     assert result["starts"] == 2
     assert result["errors"] == 0
     for name in models:
@@ -365,7 +366,7 @@ def test_too_few_cpus_are_refused_before_the_start(context: Context) -> None:
     serve = context.recipe.serve.model_copy(update={"cpus": 1000})
     crowded = replace(context, recipe=context.recipe.model_copy(update={"serve": serve}))
     with (
-        pytest.raises(UserError, match=r"serving baseline, pruned-\d \(2 engines\) needs 2000.5 logical CPUs"),
+        pytest.raises(UserError, match=r"serving baseline, pruned-\d \(2 engines\) needs 2000.5 CPUs"),
         endpoint(crowded, context.models()),
     ):
         pytest.fail("nothing may start")

@@ -19,6 +19,7 @@ from raylp.bench.stats import mean_of_repeats, percentiles
 from raylp.context import Context
 from raylp.errors import UserError
 from raylp.machine import machine, versions
+from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.rundir import RunDir
@@ -57,7 +58,7 @@ class Plan:
 
 
 def bench(context: Context) -> dict[str, Any]:
-    """Measures what is not measured yet, writes bench.json, and returns it.
+    """Measures what is not measured yet, writes bench.json, and returns tokens per second by model and load.
 
     Raises:
         UserError: a model is missing, no test sentence fits, or see `raylp.serve.endpoint.endpoint`.
@@ -74,9 +75,11 @@ def bench(context: Context) -> dict[str, Any]:
     (dtype, *others) = {row["dtype"] for row in found.values()}
     assert not others, "places differ by what the data type depends on"
     length = sum(map(len, plan.prompts)) / len(plan.prompts) + config.output_tokens / 2
+    table = summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()})
     result = {
         "schema": 1,
-        "models": summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()}),
+        "models": table,
+        "sizes": {name: sizes(path) for name, path in models.items()},
         "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
         "machine": {**machine(), "dtype": dtype},
         "requests": config.requests,
@@ -88,7 +91,10 @@ def bench(context: Context) -> dict[str, Any]:
         "load_before": {f"{c.model}-c{c.concurrency}-r{c.repeat}": row["load"] for c, row in found.items()},
     }
     context.rundir.write_json("bench.json", result)
-    return result
+    return {
+        name: {setting: round(row["output_tokens_per_s"]["value"], 1) for setting, row in settings.items()}
+        for name, settings in table.items()
+    }
 
 
 def plan_bench(context: Context) -> Plan:

@@ -31,7 +31,7 @@ from raylp.progress import Task
 WORK = ".work/distill"
 BEAT_S = 2.0
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
-CPU_WORKER = "raylp.serve.worker.CPUWorker"
+CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
 
 
 def distill(context: Context) -> dict[str, Any]:

@@ -10,9 +10,10 @@ SCHEMA = 1
 def write_results(rundir: RunDir) -> dict[str, Any]:
     """Joins evaluate.json and bench.json, as far as they are there, and writes results.json."""
     quality = rundir.read_json("evaluate.json") if rundir.exists("evaluate.json") else {"models": [], "comparisons": []}
-    speed = rundir.read_json("bench.json")["models"] if rundir.exists("bench.json") else {}
-    scored = {model["name"] for model in quality["models"]}
-    models = [*quality["models"], *({"name": name} for name in speed if name not in scored)]
+    measured = rundir.read_json("bench.json") if rundir.exists("bench.json") else {"models": {}, "sizes": {}}
+    speed, scored = measured["models"], {model["name"] for model in quality["models"]}
+    unscored = [{"name": name, **measured["sizes"][name], "scores": {}} for name in speed if name not in scored]
+    models = [*quality["models"], *unscored]
     results = {
         "schema": SCHEMA,
         "models": [{**model, "speed": speed.get(model["name"], {})} for model in models],

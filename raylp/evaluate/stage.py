@@ -14,10 +14,9 @@ from raylp.evaluate.results import write_results
 from raylp.generate.pool import Pool, num_workers
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.ngram import Statistics, metric
-from raylp.models.checkpoint import count_parameters
+from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.progress import Task
-from raylp.search.stage import stack_size
 
 BLOCK = 16
 
@@ -28,8 +27,8 @@ def evaluate(context: Context) -> dict[str, Any]:
     assert recipe is not None
     models = context.models()
     cluster.start(context.recipe.resources)
-    sizes = {name: count_parameters(path) for name, path in models.items()}
-    workers = num_workers(context.recipe.resources, max(size for _, size in sizes.values()))
+    described = {name: sizes(path) for name, path in models.items()}
+    workers = num_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
     dtype = context.dtype if recipe.dtype == "auto" else recipe.dtype
     jobs = [
         (name, path, test_set, examples)
@@ -56,9 +55,7 @@ def evaluate(context: Context) -> dict[str, Any]:
             "models": [
                 {
                     "name": name,
-                    "layers": stack_size(path),
-                    "params": sizes[name][0],
-                    "bytes": sizes[name][1],
+                    **described[name],
                     "scores": {
                         test_set: {
                             key: score_with_interval(
@@ -69,7 +66,7 @@ def evaluate(context: Context) -> dict[str, Any]:
                         for test_set in context.splits.test
                     },
                 }
-                for name, path in models.items()
+                for name in models
             ],
             "comparisons": [
                 {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raylp.errors import UserError
-from raylp.models.load import safetensors_header
+from raylp.models.load import read_config, safetensors_header
 from raylp.models.view import without_layers
 
 CARD = "raylp.json"
@@ -59,6 +59,17 @@ def count_parameters(path: Path) -> tuple[int, int]:
             start, end = tensor["data_offsets"]
             size += end - start
     return parameters, size
+
+
+def stack_size(path: Path) -> int:
+    """Decoder layers of the checkpoint in `path`, from its configuration."""
+    return int(read_config(path).get_text_config(decoder=True).num_hidden_layers)
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """`layers`, `params` and `bytes` of the checkpoint in `path`, as results.json has them."""
+    parameters, size = count_parameters(path)
+    return {"layers": stack_size(path), "params": parameters, "bytes": size}
 
 
 def card_for(

@@ -14,7 +14,7 @@ from raylp.generate.pool import Pool, Worker, num_workers
 from raylp.ledger import Ledger, block_hash, score_facts, score_key, write_segment
 from raylp.metrics.intervals import Score, score_with_interval
 from raylp.metrics.ngram import metric
-from raylp.models.checkpoint import count_parameters
+from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.load import load_tokenizer, read_config
 from raylp.models.source import fingerprint
 from raylp.progress import Task
@@ -126,11 +126,6 @@ def make_blocks(context: Context, path: Path, size: int) -> list[dict[str, Any]]
             }
         )
     return blocks
-
-
-def stack_size(path: Path) -> int:
-    """Decoder layers of the checkpoint, from its configuration."""
-    return int(read_config(path).get_text_config(decoder=True).num_hidden_layers)
 
 
 def stack_path(path: Path) -> str:

@@ -155,7 +155,7 @@ def serve_config(
             bundle = {"CPU": 0, "GPU": gpus}
         else:
             # Compiling takes minutes on a small CPU, and gains little there.
-            engine |= {"enforce_eager": True, "worker_cls": "raylp.serve.worker.CPUWorker"}
+            engine |= {"enforce_eager": True, "worker_cls": "raylp.generate.vllm_worker.CPUWorker"}
             engine["kv_cache_memory_bytes"] = kv_cache_bytes(config, path, dtype)
             bundle = {"CPU": 0}
         configs.append(
@@ -240,9 +240,9 @@ def num_sequences(config: Serve, gpus: float) -> int:
 
 
 def kv_cache_bytes(config: Serve, path: Path, dtype: str) -> int:
-    """Memory a CPU engine sets aside for keys and values: for so many sequences of full length, at least.
+    """Memory a CPU engine sets aside for keys and values: of all sequences at a time, at their full length.
 
-    $VLLM_CPU_KVCACHE_SPACE (GiB) where it is less, and where the configuration does not tell what a token takes.
+    $VLLM_CPU_KVCACHE_SPACE (GiB) where that is less, and where the configuration does not tell what a token takes.
     """
     most = float(cluster.worker_env()["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
     model = read_config(path).get_text_config(decoder=True)
