@@ -286,7 +286,7 @@ def check_machine() -> Iterator[Check]:
     total = min(memory.total, int(limit)) if limit.isdigit() else memory.total
     available = min(memory.available, total)
     found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free"
-    remedy = "" if available >= 8 * GIB else "the demo takes up to 8 GiB: close other programs, or use a larger machine"
+    remedy = "" if available >= 11 * GIB else "the demo takes up to 11 GiB: close programs, or use a larger machine"
     yield Check("memory", True if not remedy else None, found, remedy)
 
     yield check_disk("disk here", Path.cwd(), "checkpoints and logs go to run_dir: set it to a disk with room")

@@ -26,6 +26,7 @@ from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
 from raylp.heal.examples import choose, tokenise
+from raylp.heal.loop import _packing, _Worker
 from raylp.heal.pack import Example, loss_sum, pack, packed_length
 from raylp.heal.stage import heal, heal_model
 from raylp.heal.trainable import make_trainable, merge, save_trained
@@ -85,6 +86,18 @@ def test_packing_is_exact_in_float32(kind: str) -> None:
         apart = sum(loss_alone(model, example) for example in examples).item()
         packed = loss_sum(model, examples, text_config(model), True).item()
     assert packed == pytest.approx(apart, rel=1e-5)
+
+
+def test_rounded_products_do_not_pass_for_a_model_that_cannot_pack() -> None:
+    model = load_model(toy.tiny_random("gemma3_text"), "float32")
+    worker = _Worker(1, 1, Heal(matmul="bfloat16"), None)
+    worker.text_config = text_config(model)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert _packing(model, worker, random_examples(4, pairs=1))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_prompts_share_a_row_only_within_their_pair() -> None:

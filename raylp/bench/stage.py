@@ -18,12 +18,13 @@ from raylp.bench.load import Measurement, measure
 from raylp.bench.stats import mean_of_repeats, percentiles
 from raylp.context import Context
 from raylp.errors import UserError
+from raylp.generate.vllm_engine import BYTES_PER_WEIGHT
 from raylp.machine import machine, versions
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.rundir import RunDir
-from raylp.serve.endpoint import BYTES_PER_WEIGHT, choose_models, endpoint, engine_length, serve_dtype
+from raylp.serve.endpoint import choose_models, endpoint, engine_length, serve_dtype
 
 ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")

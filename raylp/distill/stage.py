@@ -24,6 +24,7 @@ from raylp.distill.config import Distill
 from raylp.distill.filters import Row, counts, reasons
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
+from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_options
 from raylp.models.load import load_tokenizer, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import Task
@@ -31,7 +32,6 @@ from raylp.progress import Task
 WORK = ".work/distill"
 BEAT_S = 2.0
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
-CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
 
 
 def distill(context: Context) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _run_engine(
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=str(teacher),
-            engine_kwargs=_engine_options(config, dtype, min(needed, longest or needed), gpus),
+            engine_kwargs=_engine_options(config, teacher, dtype, min(needed, longest or needed), gpus),
             concurrency=(config.engines, config.engines),
             batch_size=config.batch_size,
             # A few batches overlap, so that the engine is never idle; on a CPU more would only be lost in a crash.
@@ -210,7 +210,7 @@ def _run_engine(
         ]
 
 
-def _engine_options(config: Distill, dtype: str, max_model_len: int, gpus: int) -> dict[str, Any]:
+def _engine_options(config: Distill, teacher: Path, dtype: str, max_model_len: int, gpus: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_model_len": max_model_len,
@@ -219,8 +219,7 @@ def _engine_options(config: Distill, dtype: str, max_model_len: int, gpus: int) 
         "tensor_parallel_size": config.gpus_per_engine if gpus else 1,
     }
     if not gpus:
-        # Compiling takes minutes on a small CPU, and gains little there.
-        options |= {"enforce_eager": True, "worker_cls": CPU_WORKER}
+        options |= {**cpu_options(teacher, dtype, max_model_len, CPU_SEQUENCES), "worker_cls": CPU_WORKER}
     return options
 
 

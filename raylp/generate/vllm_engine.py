@@ -18,6 +18,10 @@ from raylp.models.load import load_tokenizer, max_positions, read_config, read_g
 from raylp.models.view import check_removed
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
+BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
+CPU_SEQUENCES = 64
+CPU_BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
 _OTHER_BACKEND = "use backend transformers"
 
 
@@ -27,7 +31,7 @@ class VLLMGenerator:
     `path`: a checkpoint; `dtype`: `float32`, `bfloat16` or `float16`; `newline`: whether a newline ends a translation.
     `max_model_len`: the most tokens of a prompt and its translation together, lowered to what the model can.
     `skippable`: whether `generate` may be given layers to leave out. Such an engine is not compiled, so it is slower.
-    `gpu_memory_utilization`: share of a GPU's memory to take; on a CPU the cache takes $VLLM_CPU_KVCACHE_SPACE GiB.
+    `gpu_memory_utilization`: share of a GPU's memory to take; for a CPU see `kv_cache_bytes`.
 
     Raises:
         UserError: vLLM cannot load the model, or cannot skip its layers.
@@ -60,8 +64,7 @@ class VLLMGenerator:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             request_amx()
-            # Compiling takes minutes on a small CPU and gains little; memory is set aside for logits of every sequence.
-            options |= {"enforce_eager": True, "max_num_seqs": 64}
+            options |= cpu_options(path, dtype, self.max_model_len, CPU_SEQUENCES)
         with _in_this_process():
             from vllm import LLM
 
@@ -158,6 +161,31 @@ def _cause(error: Exception) -> str:
     return str(error)
 
 
+def cpu_options(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+    """What an engine on a CPU is told besides; memory is set aside for the logits of `max_num_seqs` too."""
+    return {
+        "enforce_eager": True,  # compiling takes minutes on a small CPU, and gains little there
+        "max_num_seqs": max_num_seqs,
+        "kv_cache_memory_bytes": kv_cache_bytes(path, dtype, max_model_len, max_num_seqs),
+    }
+
+
+def kv_cache_bytes(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> int:
+    """Memory an engine on a CPU sets aside for keys and values: of all sequences at their full length, at most 1 GiB.
+
+    $VLLM_CPU_KVCACHE_SPACE (GiB), where it is set, is what vLLM takes instead.
+    """
+    if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return int(float(space) * 2**30)
+    config = read_config(path).get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    numbers = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
+    # Memory is given out in blocks, and layers of several kinds are not always of equal number.
+    tokens = (max_model_len // CPU_BLOCK + 2) * CPU_BLOCK
+    return min(2**30, max(2**27, numbers * BYTES_PER_WEIGHT[dtype] * tokens * max_num_seqs))
+
+
 def request_amx() -> None:
     """Asks the kernel for the right to use a CPU's matrix unit (AMX), where it has one.
 
@@ -183,7 +211,6 @@ def _in_this_process() -> Iterator[None]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     for key, value in defaults.items():

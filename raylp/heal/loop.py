@@ -142,7 +142,7 @@ def _packing(model: Any, worker: _Worker, examples: Sequence[Example]) -> bool:
     pair = examples[0].pair
     two = [example for example in examples if example.pair == pair][:2]
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-    with torch.no_grad():
+    with torch.no_grad(), _exact_products():
         apart = loss_sum(model, two, worker.text_config, False, worker.pad).item()
         try:
             packed = loss_sum(model, two, worker.text_config, True).item()
@@ -157,6 +157,19 @@ def _packing(model: Any, worker: _Worker, examples: Sequence[Example]) -> bool:
         raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {reason}; set it to auto or off")
     worker.say("one row for each example: this architecture cannot pack them")
     return False
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever `matmul` says; rounding would pass for a difference."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _engine(model: Any, config: Heal, dtype: str) -> Any:

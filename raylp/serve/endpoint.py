@@ -21,6 +21,7 @@ import psutil
 from raylp import cluster
 from raylp.context import Context
 from raylp.errors import UserError
+from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options, kv_cache_bytes
 from raylp.models.checkpoint import count_parameters
 from raylp.models.load import max_positions, read_config
 from raylp.serve.config import Serve
@@ -37,8 +38,6 @@ ENGINE_BYTES_PER_TOKEN = 9e3
 SERVE_BYTES = 1.5e9
 MIN_SEQUENCES = 16
 SEQUENCES_PER_CORE = 4
-MIN_KV_CACHE_BYTES = 128 * 2**20
-BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 _NOT_THE_CAUSE = ("EngineDeadError", "core initialization failed", "WorkerProc initialization failed", "cancelled")
 
@@ -119,7 +118,11 @@ def endpoint(
     if gpus == 0 and _num_nodes() == 1:
         weights = [config.replicas * count_parameters(path)[0] * BYTES_PER_WEIGHT[dtype] for path in models.values()]
         processes = SERVE_BYTES + sum(config.replicas * engine_bytes(path) for path in models.values())
-        caches = sum(config.replicas * kv_cache_bytes(config, path, dtype) for path in models.values())
+        sequences = num_sequences(config)
+        caches = sum(
+            config.replicas * kv_cache_bytes(path, dtype, engine_length(config, path), sequences)
+            for path in models.values()
+        )
         check_memory(what, sum(weights), caches, processes, psutil.virtual_memory().available)
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
     url = f"http://{config.host}:{port}"
@@ -145,18 +148,13 @@ def serve_config(
         env = cluster.worker_env()
         if logs is not None:
             env["VLLM_LOGGING_CONFIG_PATH"] = _logging_config(logs[name])
-        engine: dict[str, Any] = {
-            "dtype": dtype,
-            "max_model_len": engine_length(config, path),
-            "max_num_seqs": num_sequences(config, gpus),
-        }
+        engine: dict[str, Any] = {"dtype": dtype, "max_model_len": engine_length(config, path)}
         if gpus:
-            engine["gpu_memory_utilization"] = 0.9 * min(gpus, 1)
+            engine |= {"gpu_memory_utilization": 0.9 * min(gpus, 1), "max_num_seqs": 2 * config.target_ongoing_requests}
             bundle = {"CPU": 0, "GPU": gpus}
         else:
-            # Compiling takes minutes on a small CPU, and gains little there.
-            engine |= {"enforce_eager": True, "worker_cls": "raylp.generate.vllm_worker.CPUWorker"}
-            engine["kv_cache_memory_bytes"] = kv_cache_bytes(config, path, dtype)
+            engine |= cpu_options(path, dtype, engine_length(config, path), num_sequences(config))
+            engine["worker_cls"] = CPU_WORKER
             bundle = {"CPU": 0}
         configs.append(
             LLMConfig(
@@ -233,25 +231,9 @@ def free_port(host: str, port: int, patience_s: float = PORT_PATIENCE_S) -> int:
                 ) from error
 
 
-def num_sequences(config: Serve, gpus: float) -> int:
-    """Requests an engine computes at a time; more wait. Beyond a few for each core, a CPU only gets slower for all."""
-    wanted = 2 * config.target_ongoing_requests
-    return wanted if gpus else min(wanted, max(MIN_SEQUENCES, SEQUENCES_PER_CORE * cluster.cores()))
-
-
-def kv_cache_bytes(config: Serve, path: Path, dtype: str) -> int:
-    """Memory a CPU engine sets aside for keys and values: of all sequences at a time, at their full length.
-
-    $VLLM_CPU_KVCACHE_SPACE (GiB) where that is less, and where the configuration does not tell what a token takes.
-    """
-    most = float(cluster.worker_env()["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
-    model = read_config(path).get_text_config(decoder=True)
-    heads = getattr(model, "num_key_value_heads", None) or getattr(model, "num_attention_heads", None)
-    width = getattr(model, "head_dim", None) or model.hidden_size // (getattr(model, "num_attention_heads", None) or 1)
-    if not heads:
-        return int(most)
-    token = 2 * model.num_hidden_layers * heads * width * BYTES_PER_WEIGHT[dtype]
-    return int(min(most, max(MIN_KV_CACHE_BYTES, token * engine_length(config, path) * num_sequences(config, 0))))
+def num_sequences(config: Serve) -> int:
+    """Requests an engine on a CPU computes at a time; more wait. Beyond a few for each core all only get slower."""
+    return min(2 * config.target_ongoing_requests, max(MIN_SEQUENCES, SEQUENCES_PER_CORE * cluster.cores()))
 
 
 def engine_bytes(path: Path) -> float:
