@@ -21,7 +21,7 @@ from raylp.errors import UserError
 from raylp.machine import machine, versions
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
-from raylp.progress import Reporter
+from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
 from raylp.search.greedy import layers_to_remove, protected_layers
@@ -96,7 +96,8 @@ def find_stage(recipe: Recipe, name: str) -> Stage:
 def open_context(recipe: Recipe, reporter: Reporter) -> Context:
     """Reads data and model's configuration, and refuses what could only fail later."""
     splits = read_splits(recipe)
-    original = locate(recipe.model.name, recipe.model.revision, reporter.line)
+    with reporter.task("model") as task, heartbeat(task):  # a first time it may be fetched or converted
+        original = locate(recipe.model.name, recipe.model.revision, reporter.line)
     section = recipe.prompt
     prompt = Prompt(
         template=section.template,

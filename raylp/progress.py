@@ -1,6 +1,7 @@
 """Progress on stderr: bars on a terminal, one line every few seconds elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from rich.progress import (
 )
 
 LINE_EVERY_S = 3.0
+BEAT_S = 2.0
 
 
 class Task:
@@ -73,6 +75,24 @@ class Task:
         else:
             parts.append(f"{seconds:.0f} s")
         return "  ".join([*parts, self.note] if self.note else parts)
+
+
+@contextmanager
+def heartbeat(task: Task) -> Iterator[None]:
+    """Shows that work goes on while the block runs, which cannot say so itself."""
+    stopped = threading.Event()
+
+    def beat() -> None:
+        while not stopped.wait(BEAT_S):
+            task.beat()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
 
 
 class Reporter:

@@ -3,18 +3,21 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import toy
 from conftest import toy_recipe
 
+from raylp.errors import UserError
+from raylp.generate.pool import num_workers
 from raylp.generate.transformers_view import TransformersGenerator
 from raylp.metrics.ngram import metric
 from raylp.models.load import load_model, load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.pipeline import open_context, run
 from raylp.progress import Reporter
-from raylp.recipe import parse_recipe
+from raylp.recipe import Resources, parse_recipe
 from raylp.search.stage import make_blocks, stack_path
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -151,3 +154,9 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path, toy_checkpoint: Path) ->
     pool.close()
     assert sorted(done) == [0, 1, 2]
     assert len({outputs[0].tokens for outputs, _ in done.values()}) == 1
+
+
+@pytest.mark.parametrize("workers", ["auto", 2])
+def test_too_little_memory_is_told_in_numbers(workers: Literal["auto"] | int) -> None:
+    with pytest.raises(UserError, match=r"about 100000\d\.\d GB of memory, \d+\.\d GB are free"):
+        num_workers(Resources(workers=workers), 1e15)

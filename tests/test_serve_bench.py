@@ -362,11 +362,12 @@ def speaks_openai(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_too_few_cpus_are_refused_before_the_start(context: Context) -> None:
-    serve = context.recipe.serve.model_copy(update={"cpus": 1000})
+@pytest.mark.parametrize(("change", "said"), [({"cpus": 1000}, "2000.5 CPUs"), ({"gpus": 70.0}, "140 GPUs")])
+def test_too_few_are_refused_before_the_start(context: Context, change: dict[str, float], said: str) -> None:
+    serve = context.recipe.serve.model_copy(update=change)
     crowded = replace(context, recipe=context.recipe.model_copy(update={"serve": serve}))
     with (
-        pytest.raises(UserError, match=r"serving baseline, pruned-\d \(2 engines\) needs 2000.5 CPUs"),
+        pytest.raises(UserError, match=rf"serving baseline, pruned-\d \(2 engines\) needs {said}, the Ray cluster has"),
         endpoint(crowded, context.models()),
     ):
         pytest.fail("nothing may start")

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,9 @@ from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
 from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_options
 from raylp.models.load import load_tokenizer, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
-from raylp.progress import Task
+from raylp.progress import heartbeat
 
 WORK = ".work/distill"
-BEAT_S = 2.0
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
 
 
@@ -131,7 +129,7 @@ def _translate(
         gpus = _gpus(config)
         # One CPU for each engine, and one between Ray Data's other stages.
         cluster.require(f"distill with {config.engines} engines", config.engines + 1, gpus)
-        with _heartbeat(task), _engine_logs(context) as log:
+        with heartbeat(task), _engine_logs(context) as log:
             task.beat("starting vLLM")
             try:
                 for part in _run_engine(config, teacher, dtype, requests, missing, rule, longest, gpus):
@@ -268,24 +266,6 @@ def _write_parquet(
         "reason": pyarrow.array(found, pyarrow.string()),
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
-
-@contextmanager
-def _heartbeat(task: Task) -> Iterator[None]:
-    """Shows that work goes on while the engine starts or a long batch runs."""
-    stopped = threading.Event()
-
-    def beat() -> None:
-        while not stopped.wait(BEAT_S):
-            task.beat()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
 
 
 @contextmanager
