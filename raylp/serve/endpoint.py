@@ -32,9 +32,9 @@ INGRESS_CPUS = 0.5
 PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
 # Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm
 # in each, which hold tokenizers and logits besides (a model with 500 tokens takes 1.5 GB without weights and cache, one
-# with 262144 takes 3.8 GB). Ingress, controller, proxy and Ray itself are the rest.
+# with 262144 takes 3.5 GB). Ingress, controller, proxy and Ray itself are the rest.
 ENGINE_BYTES = 1.5e9
-ENGINE_BYTES_PER_TOKEN = 9e3
+ENGINE_BYTES_PER_TOKEN = 8e3
 SERVE_BYTES = 1.5e9
 MIN_SEQUENCES = 16
 SEQUENCES_PER_CORE = 4
@@ -252,7 +252,7 @@ def check_memory(what: str, weights: float, kv_cache: float, processes: float, a
         raise UserError(
             f"{what} needs about {needed / 1e9:.1f} GB of memory (weights {weights / 1e9:.1f}, key-value caches "
             f"{kv_cache / 1e9:.1f}, processes {processes / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer "
-            f"models or replicas at a time, or close other programs"
+            f"models (--set 'serve.models=[healed]') or replicas at a time, or close other programs"
         )
 
 
