@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # whole CPUs and mostly sleep; a small machine needs more logical CPUs than cores or they would wait for ever.
 MIN_LOGICAL_CPUS = 8
 OBJECT_STORE_BYTES = 512 * 1024**2
+_own = False  # whether this process started the Ray it is connected to
 
 
 def cores() -> int:
@@ -58,6 +59,7 @@ def start(resources: "Resources") -> None:
     Raises:
         UserError: the cluster at the address does not answer.
     """
+    global _own
     os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
     os.environ.setdefault("RAY_health_check_failure_threshold", "20")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -78,11 +80,13 @@ def start(resources: "Resources") -> None:
         "namespace": "raylp",
     }
     if address:
+        _own = False
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}; check resources.address", 1) from error
         return
+    _own = True
     ray.init(
         address="local",  # without it, Ray would join any cluster that runs on this machine, and refuse num_cpus
         num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
@@ -91,6 +95,15 @@ def start(resources: "Resources") -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         **options,
     )
+
+
+def start_afresh(resources: "Resources") -> None:
+    """As `start`; a Ray that `start` made is made anew, without the controllers that earlier stages' engines left."""
+    import ray
+
+    if ray.is_initialized() and _own:
+        ray.shutdown()
+    start(resources)
 
 
 def require(what: str, cpus: float, gpus: float = 0) -> None:

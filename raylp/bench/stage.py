@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raylp import cluster
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import Measurement, measure
@@ -69,6 +70,7 @@ def bench(context: Context) -> dict[str, Any]:
         wanted = {name: path for name, path in plan.models.items() if any(cell.model == name for cell in missing)}
         with ExitStack() as stack:
             with context.reporter.task("starting the endpoint") as task:
+                cluster.start_afresh(context.recipe.resources)
                 url = stack.enter_context(endpoint(context, wanted, task.beat))
             measure_missing(context, plan, url)
     config, models = plan.config, plan.models

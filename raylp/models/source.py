@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +125,7 @@ def _from_package(package: str, tell: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         gguf = _gguf_file(distribution, Path(scratch))
         made = Path(scratch) / "model"
-        convert_gguf(gguf, made)
+        _convert_apart(package, gguf, made)
         (made / "raylp-converted").write_text(hashlib.sha256(gguf.read_bytes()).hexdigest())
         if target.exists():
             shutil.rmtree(target)
@@ -146,6 +148,16 @@ def _gguf_file(distribution: importlib.metadata.Distribution, scratch: Path) -> 
     if getattr(module, "EXPECTED_SHA256", found) != found:
         raise UserError(f"model 'package:{package}': the GGUF file's sha256 is {found}, not the published one", 1)
     return assembled
+
+
+def _convert_apart(package: str, gguf: Path, target: Path) -> None:
+    """`convert_gguf` in a process of its own: it takes several times the model's memory, which this one would keep."""
+    code = "import sys; from pathlib import Path; from raylp.models.source import convert_gguf as convert"
+    command = [sys.executable, "-c", f"{code}; convert(Path(sys.argv[1]), Path(sys.argv[2]))", str(gguf), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        raise UserError(f"model 'package:{package}': the GGUF file could not be converted: {said[-1]}", 1)
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
