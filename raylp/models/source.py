@@ -156,8 +156,9 @@ def _convert_apart(package: str, gguf: Path, target: Path) -> None:
     command = [sys.executable, "-c", f"{code}; convert(Path(sys.argv[1]), Path(sys.argv[2]))", str(gguf), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
-        raise UserError(f"model 'package:{package}': the GGUF file could not be converted: {said[-1]}", 1)
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        said = "it was killed, perhaps for want of memory" if done.returncode < 0 else lines[-1]
+        raise UserError(f"model 'package:{package}': the GGUF file could not be converted: {said}", 1)
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
