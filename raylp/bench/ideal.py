@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raylp.errors import UserError
-from raylp.models.load import read_config, safetensors_header
+from raylp.models.load import head_dim, kv_per_token, read_config, safetensors_header
 
 _INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
 _NOT_TEXT = ("vision", "visual", "audio", "image")
@@ -76,15 +76,12 @@ def work(path: Path) -> Work:
     width = config.hidden_size
     tables = [shape for name, shape in tensors.items() if name not in inside and len(shape) == 2]
     vocabulary = max((math.prod(s) for s in tables if max(s) >= config.vocab_size and min(s) == width), default=0)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Work(
         layers=sum(math.prod(shape) for name, shape in inside.items() if name not in experts),
         experts=sum(math.prod(shape) for shape in experts.values()),
         vocabulary=vocabulary,
-        kv_per_token=2 * kv_heads * head_dim * config.num_hidden_layers,
-        attention_per_token=2 * heads * head_dim * config.num_hidden_layers,
+        kv_per_token=kv_per_token(config),
+        attention_per_token=2 * config.num_attention_heads * head_dim(config) * config.num_hidden_layers,
         experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,
         num_experts=_num_experts(config) if experts else 0,
     )

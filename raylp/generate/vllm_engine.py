@@ -14,7 +14,7 @@ from typing import Any
 
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, stop_rule, to_output
-from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
+from raylp.models.load import kv_per_token, load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.view import check_removed
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
@@ -182,13 +182,9 @@ def kv_cache_bytes(path: Path, dtype: str, max_model_len: int, max_num_seqs: int
         if not space.isdigit():
             raise UserError(f"VLLM_CPU_KVCACHE_SPACE={space}: a whole number of GiB is wanted, or nothing")
         return int(space) * 2**30
-    config = read_config(path).get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    numbers = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
     # Memory is given out in blocks, and layers of several kinds are not always of equal number.
     tokens = (max_model_len // CPU_BLOCK + 2) * CPU_BLOCK
-    one = numbers * BYTES_PER_WEIGHT[dtype] * tokens
+    one = kv_per_token(read_config(path).get_text_config(decoder=True)) * BYTES_PER_WEIGHT[dtype] * tokens
     return max(one, min(2**30, max(2**27, one * max_num_seqs)))
 
 

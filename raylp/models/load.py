@@ -37,6 +37,17 @@ def max_positions(path: Path) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
+def head_dim(config: Any) -> int:
+    """Numbers in one attention head's vector, from the configuration of a decoder."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_per_token(config: Any) -> int:
+    """Numbers that the keys and values of one token take in a cache, over all layers of the decoder's `config`."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * head_dim(config) * config.num_hidden_layers
+
+
 def stored_dtype(path: Path) -> str:
     """The data type most of the weights in `path` are stored in, counted in bytes."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
