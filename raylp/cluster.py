@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # whole CPUs and mostly sleep; a small machine needs more logical CPUs than cores or they would wait for ever.
 MIN_LOGICAL_CPUS = 8
 OBJECT_STORE_BYTES = 512 * 1024**2
-_own = False  # whether this process started the Ray it is connected to
+_own_node = ""  # id of the node of the Ray that `start` made last
 
 
 def cores() -> int:
@@ -59,7 +59,7 @@ def start(resources: "Resources") -> None:
     Raises:
         UserError: the cluster at the address does not answer.
     """
-    global _own
+    global _own_node
     os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
     os.environ.setdefault("RAY_health_check_failure_threshold", "20")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -80,13 +80,11 @@ def start(resources: "Resources") -> None:
         "namespace": "raylp",
     }
     if address:
-        _own = False
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}; check resources.address", 1) from error
         return
-    _own = True
     ray.init(
         address="local",  # without it, Ray would join any cluster that runs on this machine, and refuse num_cpus
         num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
@@ -95,13 +93,21 @@ def start(resources: "Resources") -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         **options,
     )
+    _own_node = ray.get_runtime_context().get_node_id()
+
+
+def _is_own() -> bool:
+    """Whether the Ray this process is connected to is the one `start` made, not its caller's."""
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().get_node_id() == _own_node
 
 
 def start_afresh(resources: "Resources") -> None:
     """As `start`; a Ray that `start` made is made anew, without the controllers that earlier stages' engines left."""
-    import ray
+    if _is_own():
+        import ray
 
-    if ray.is_initialized() and _own:
         ray.shutdown()
     start(resources)
 
@@ -118,7 +124,7 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
     for name, wanted, key in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
         there = total.get(key, 0)
         if wanted > there:
-            raises = _own and key == "CPU"
+            raises = _is_own() and key == "CPU"
             more = "raise resources.cpus (it may exceed the cores)" if raises else f"use a cluster with more {name}"
             raise UserError(
                 f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: lower the number of workers, engines "
