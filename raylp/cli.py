@@ -203,6 +203,34 @@ def plan(run_dir: RunArgument) -> None:
 
 
 @app.command()
+def replay(
+    run_dir: RunArgument,
+    times: Annotated[int, typer.Option(min=1, help="How often each round is replayed.")] = 1000,
+    risk: Annotated[float, typer.Option(help="The stated risk of a wrong choice in a round.")] = 0.05,
+    block: Annotated[int, typer.Option(min=2, help="Sentences in a block.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the shuffling.")] = 0,
+) -> None:
+    """What `race` would have chosen in an exhaustive search's rounds, and how many sentences it would have taken.
+
+    Example: `raylp replay runs/exhaustive --times 1000 --risk 0.05`
+    """
+    from rich.console import Console
+
+    from raylp.progress import Reporter
+    from raylp.rundir import RunDir
+    from raylp.search.replay import read_recording, render
+    from raylp.search.replay import replay as play
+
+    if not 0 < risk < 0.5:
+        raise UserError(f"--risk {risk:g}: between 0 and 0.5, such as 0.05")
+    _require_run(run_dir)
+    recording = read_recording(RunDir(run_dir))
+    with Reporter().task("replay", len(recording.rounds) * times) as task:
+        found = play(recording, times, risk, block, seed, task.advance)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110).print(render(recording, found, times, risk))
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument,
     address: Annotated[str, typer.Option(help="Of the cluster's dashboard, such as http://127.0.0.1:8265.")],

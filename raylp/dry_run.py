@@ -10,11 +10,11 @@ from rich.table import Table
 from raylp import cluster
 from raylp.context import Context
 from raylp.generate.pool import WORKER_BYTES, make_generator
-from raylp.models.checkpoint import count_parameters, stack_size
+from raylp.models.checkpoint import count_parameters
 from raylp.pipeline import needed_disk, open_context, wanted_stages
 from raylp.progress import Reporter
 from raylp.recipe import Recipe
-from raylp.search.greedy import layers_to_remove, num_evaluations, protected_layers
+from raylp.search.targets import most_evaluations, target_of
 
 TIMED_SENTENCES = 8
 TRAINING_OVER_GENERATION = 0.75  # a token learned to one generated: 0.6 on two cores with batches of 8
@@ -61,7 +61,6 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     recipe = context.recipe
     per_sentence = measured["tokens_per_sentence"]
     bound = measured["bound_per_sentence"]
-    num_layers = stack_size(context.original)
     models = 2 + (recipe.heal is not None) * 2
     rows: dict[str, dict[str, Any]] = {}
     for stage in wanted_stages(recipe):
@@ -69,9 +68,7 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
         tokens = 0.0
         scale = 1.0
         if stage.name == "search" and recipe.search is not None and recipe.search.given is None:
-            protected = protected_layers(recipe.search.protect, num_layers)
-            count = layers_to_remove(num_layers, protected, recipe.search.layers, recipe.search.remove)
-            evaluations = num_evaluations(num_layers, len(protected), count) + 1
+            evaluations = most_evaluations(recipe.search, target_of(recipe.search, context.original))
             sentences = evaluations * len(context.splits.search)
             tokens = sentences * bound
         elif stage.name == "distill" and recipe.distill is not None:

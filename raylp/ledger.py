@@ -1,7 +1,8 @@
 """Every score ever computed, so that none is computed twice: in this run, or in another through a shared cache.
 
 A line is a fact about (model, removed layers, block of sentences as asked, metric, backend, dtype), filed under a hash
-of those. Lines stand in segments: files of whole lines, each made by one writer and never changed afterwards.
+of those. One line of each unit also keeps its translations, so that another metric needs no generation. Lines stand in
+segments: files of whole lines, each made by one writer and never changed afterwards.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from raylp.generate.base import Request
 from raylp.rundir import RunDir
 
 FOLDER = "ledger"
+FACTS = ("model", "removed", "block", "decoding", "metric", "backend", "dtype")
 
 
 def block_hash(requests: Sequence[Request], references: Sequence[str]) -> str:
@@ -46,6 +48,11 @@ def score_facts(
     }
 
 
+def unit_key(facts: dict[str, Any]) -> str:
+    """The key of what was generated, whatever metric it was scored by; 32 hex digits."""
+    return score_key({name: value for name, value in facts.items() if name != "metric"})
+
+
 class Ledger:
     """The lines of a run directory, with those of a shared `cache` behind it."""
 
@@ -54,6 +61,7 @@ class Ledger:
         self.cache = cache
         self.lines: dict[str, dict[str, Any]] = {}
         self._shared: dict[str, dict[str, Any]] = {}
+        self._texts: dict[str, dict[str, Any]] = {}
         for place, lines in ((rundir, self.lines), (cache, self._shared)):
             if place is None:
                 continue
@@ -62,6 +70,7 @@ class Ledger:
                     for line in place.read_text(f"{FOLDER}/{name}").splitlines():
                         entry = json.loads(line)
                         lines[entry["key"]] = entry
+                        self._index(entry)
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The line under `key`; one found only in the cache is taken over into the run."""
@@ -70,11 +79,21 @@ class Ledger:
             write_segment(self.rundir, [self.lines[key]])
         return self.lines.get(key)
 
+    def translated(self, key: str) -> dict[str, Any] | None:
+        """A line that keeps the translations of the unit `key`, under whatever metric."""
+        line = self._texts.get(key)
+        return self.find(line["key"]) if line else None
+
     def remember(self, line: dict[str, Any]) -> None:
         """Adds a line that its writer has already filed in the run directory, and files it in the cache."""
         self.lines[line["key"]] = line
+        self._index(line)
         if self.cache is not None and line["key"] not in self._shared:
             write_segment(self.cache, [line])
+
+    def _index(self, line: dict[str, Any]) -> None:
+        if "texts" in line:
+            self._texts[unit_key({name: line[name] for name in FACTS})] = line
 
 
 def write_segment(place: RunDir, lines: Sequence[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from raylp.models.source import fingerprint, licence, locate
 from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
-from raylp.search.greedy import layers_to_remove, protected_layers
+from raylp.search.targets import target_of
 
 SCHEMA = 1
 
@@ -130,7 +130,7 @@ def check_model(context: Context) -> None:
     if search.given is not None:
         check_removed(search.given, num_layers)
     else:
-        layers_to_remove(num_layers, protected_layers(search.protect, num_layers), search.layers, search.remove)
+        target_of(search, context.original)
 
 
 def read_splits(recipe: Recipe) -> Splits:

@@ -26,7 +26,9 @@ def generations(run_dir: Path) -> int:
 
 
 def write_recipe(path: Path, model: Path, data: dict[str, Path], run_dir: Path) -> Path:
-    content = toy_recipe(model, data, run_dir, search={"remove": 3, "block": 4}, resources={"workers": 2})
+    content = toy_recipe(
+        model, data, run_dir, search={"remove": 3, "block": 4, "strategy": "exhaustive"}, resources={"workers": 2}
+    )
     path.write_text(yaml.safe_dump(content))
     return path
 

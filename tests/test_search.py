@@ -18,10 +18,11 @@ from raylp.models.source import fingerprint
 from raylp.pipeline import open_context, run
 from raylp.progress import Reporter
 from raylp.recipe import Resources, parse_recipe
-from raylp.search.stage import make_blocks, stack_path
+from raylp.search.blocks import make_blocks
+from raylp.search.stage import stack_path
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-SEARCH = {"remove": toy.TRUTH.num_removable}
+SEARCH = {"remove": toy.TRUTH.num_removable, "strategy": "exhaustive"}
 
 
 def recipe_for(toy_checkpoint: Path, toy_data: dict[str, Path], run_dir: Path, **sections: object):
@@ -50,12 +51,12 @@ def test_finds_what_brute_force_finds(searched: Path, toy_checkpoint: Path, toy_
     context = open_context(recipe_for(toy_checkpoint, toy_data, searched), Reporter(quiet=True))
     generator = TransformersGenerator(load_model(toy_checkpoint), load_tokenizer(toy_checkpoint))
     chrf = metric("chrF2++")
-    blocks = make_blocks(context, toy_checkpoint, 16)
+    blocks = make_blocks(context.splits.search, context.prompt, load_tokenizer(toy_checkpoint), 16)
 
     def score(removed: tuple[int, ...]) -> float:
         return chrf.score(
             sum(
-                chrf.statistics([o.text for o in generator.generate(b["requests"], removed)], b["references"]).sum(0)
+                chrf.statistics([o.text for o in generator.generate(b.requests, removed)], b.references).sum(0)
                 for b in blocks
             )
         )

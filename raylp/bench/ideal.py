@@ -6,17 +6,13 @@ vocabulary does not: with 262144 entries it can be the larger part of a small mo
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylp.errors import UserError
-from raylp.models.load import head_dim, kv_per_token, read_config, safetensors_header
-
-_INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
-_NOT_TEXT = ("vision", "visual", "audio", "image")
+from raylp.models.checkpoint import read_tensors, vocabulary_size
+from raylp.models.load import head_dim, kv_per_token, read_config
 
 
 @dataclass(frozen=True)
@@ -58,28 +54,13 @@ def work(path: Path) -> Work:
         UserError: its tensors show no list of as many layers as its configuration says.
     """
     config = read_config(path).get_text_config(decoder=True)
-    tensors = {
-        name: list(entry["shape"])
-        for file in sorted(path.glob("*.safetensors"))
-        for name, entry in safetensors_header(file).items()
-        if not any(mark in name for mark in _NOT_TEXT)
-    }
-    groups: dict[str, set[int]] = {}
-    for name in tensors:
-        if match := _INDEXED.match(name):
-            groups.setdefault(match.group(1), set()).add(int(match.group(2)))
-    stacks = [group for group, indices in groups.items() if len(indices) == config.num_hidden_layers]
-    if len(stacks) != 1:
-        raise UserError(f"model {path}: {len(stacks)} lists of {config.num_hidden_layers} layers in its tensors")
-    inside = {name: shape for name, shape in tensors.items() if name.startswith(f"{stacks[0]}.")}
+    tensors = read_tensors(path)
+    inside = {name: entry["shape"] for layer in tensors.layers for name, entry in layer.items()}
     experts = {name: shape for name, shape in inside.items() if ".experts." in name}
-    width = config.hidden_size
-    tables = [shape for name, shape in tensors.items() if name not in inside and len(shape) == 2]
-    vocabulary = max((math.prod(s) for s in tables if max(s) >= config.vocab_size and min(s) == width), default=0)
     return Work(
         layers=sum(math.prod(shape) for name, shape in inside.items() if name not in experts),
         experts=sum(math.prod(shape) for shape in experts.values()),
-        vocabulary=vocabulary,
+        vocabulary=vocabulary_size(tensors, config),
         kv_per_token=kv_per_token(config),
         attention_per_token=2 * config.num_attention_heads * head_dim(config) * config.num_hidden_layers,
         experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,

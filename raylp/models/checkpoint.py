@@ -1,8 +1,11 @@
 """Cut a model and save it as a stock checkpoint, with how it was made beside the weights (`raylp.json`)."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from raylp.models.view import without_layers
 
 CARD = "raylp.json"
 _WRITTEN_BY_SAVE = ("config.json", "model.safetensors.index.json", CARD, "manifest.json")
+_INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
+_NOT_TEXT = ("vision", "visual", "audio", "image")
 _BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
@@ -59,6 +64,79 @@ def count_parameters(path: Path) -> tuple[int, int]:
             start, end = tensor["data_offsets"]
             size += end - start
     return parameters, size
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The weights of a checkpoint by their place: safetensors' entries, by name.
+
+    `layers`: of each decoder layer; `rest`: of the decoder outside them; `other`: of parts that are not text.
+    """
+
+    layers: list[dict[str, Any]]
+    rest: dict[str, Any]
+    other: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each layer holds, and what the model holds besides: parameters and bytes, in the original's order.
+
+    `step` and `step_rest`: numbers one decoding step reads in each layer and besides (the vocabulary's projection),
+    which the latency of a step is taken to go with.
+    """
+
+    parameters: tuple[int, ...]
+    parameters_rest: int
+    bytes: tuple[int, ...]
+    bytes_rest: int
+    step: tuple[int, ...]
+    step_rest: int
+
+
+def read_tensors(path: Path) -> Tensors:
+    """What the files' headers in `path` say of the weights.
+
+    Raises:
+        UserError: they show no list of as many layers as the configuration says.
+    """
+    entries: dict[str, Any] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        entries |= safetensors_header(file)
+    other = {name: entry for name, entry in entries.items() if any(mark in name for mark in _NOT_TEXT)}
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, entry in entries.items():
+        if name not in other and (match := _INDEXED.match(name)):
+            groups.setdefault(match.group(1), {}).setdefault(int(match.group(2)), {})[name] = entry
+    stacks = [group for group in groups.values() if len(group) == stack_size(path)]
+    if len(stacks) != 1:
+        raise UserError(f"model {path}: {len(stacks)} lists of {stack_size(path)} layers in its tensors")
+    inside = {name for layer in stacks[0].values() for name in layer}
+    rest = {name: entry for name, entry in entries.items() if name not in inside and name not in other}
+    return Tensors([stacks[0][i] for i in sorted(stacks[0])], rest, other)
+
+
+def vocabulary_size(tensors: Tensors, config: Any) -> int:
+    """Numbers in the projection to the vocabulary, which a tied embedding serves as."""
+    tables = [entry["shape"] for entry in tensors.rest.values() if len(entry["shape"]) == 2]
+    wanted = [s for s in tables if max(s) >= config.vocab_size and min(s) == config.hidden_size]
+    return max(map(math.prod, wanted), default=0)
+
+
+def layer_costs(path: Path) -> Costs:
+    """What each layer of the checkpoint in `path` takes, and the rest: parameters, bytes, numbers a step reads."""
+    tensors = read_tensors(path)
+
+    def parameters(entries: dict[str, Any]) -> int:
+        return sum(math.prod(entry["shape"]) for entry in entries.values())
+
+    def size(entries: dict[str, Any]) -> int:
+        return sum(end - start for start, end in (entry["data_offsets"] for entry in entries.values()))
+
+    outside = tensors.rest | tensors.other
+    each = tuple(map(parameters, tensors.layers))
+    vocabulary = vocabulary_size(tensors, read_config(path).get_text_config(decoder=True))
+    return Costs(each, parameters(outside), tuple(map(size, tensors.layers)), size(outside), each, vocabulary)
 
 
 def stack_size(path: Path) -> int:

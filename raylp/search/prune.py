@@ -8,7 +8,7 @@ from raylp import cluster
 from raylp.context import Context
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.models.checkpoint import card_for, count_parameters, save_checkpoint
+from raylp.models.checkpoint import card_for, count_parameters, read_card, save_checkpoint
 from raylp.models.load import load_model, load_tokenizer, stored_dtype
 from raylp.models.source import fingerprint
 
@@ -21,27 +21,37 @@ def pruned_name(num_layers: int) -> str:
 
 
 def prune(context: Context) -> dict[str, Any]:
-    """Writes models/pruned-N for the N layers that stay."""
+    """Writes models/pruned-N for every N layers that the plan says may stay."""
     plan = context.rundir.read_json("plan.json")
-    name = pruned_name(plan["num_layers"] - len(plan["removed"]))
-    source, prompt = context.baseline, context.prompt
-    card = card_for(
-        context.recipe.model.name, fingerprint(source), plan["stack"], plan["removed"], prompt.model_dump(mode="json")
-    )
+    depths = plan.get("depths") or [{"layers": plan["num_layers"] - len(plan["removed"]), "removed": plan["removed"]}]
     tests = [example for examples in context.splits.test.values() for example in examples]
     examples = (context.splits.search or context.splits.train or tests)[:PROOF_SENTENCES]
     sentences = [(example.source, example.pair) for example in examples]
     cluster.start(context.recipe.resources)
+    made = [_prune_to(context, plan, depth["layers"], depth["removed"], sentences) for depth in depths]
+    return {**made[-1], "models": made}
+
+
+def _prune_to(
+    context: Context, plan: dict[str, Any], layers: int, removed: list[int], sentences: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """One of the models, unless it is there."""
     import ray
 
-    with context.reporter.task(f"prune to {name}") as task, context.rundir.building(f"models/{name}") as target:
-        work = ray.remote(num_cpus=1, max_retries=0)(cut_and_prove).remote(source, target, card, prompt, sentences)
-        while not ray.wait([work], timeout=2)[0]:
-            task.beat()
-        try:
-            ray.get(work)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UserError) else error) from error
+    name = pruned_name(layers)
+    source, prompt = context.baseline, context.prompt
+    card = card_for(
+        context.recipe.model.name, fingerprint(source), plan["stack"], removed, prompt.model_dump(mode="json")
+    )
+    if not (context.rundir.complete(f"models/{name}") and read_card(context.rundir.local(f"models/{name}")) == card):
+        with context.reporter.task(f"prune to {name}") as task, context.rundir.building(f"models/{name}") as target:
+            work = ray.remote(num_cpus=1, max_retries=0)(cut_and_prove).remote(source, target, card, prompt, sentences)
+            while not ray.wait([work], timeout=2)[0]:
+                task.beat()
+            try:
+                ray.get(work)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, UserError) else error) from error
     parameters, size = count_parameters(context.rundir.local(f"models/{name}"))
     return {"model": name, "parameters": parameters, "bytes": size}
 

@@ -1,0 +1,229 @@
+"""What a search maximises: one metric or a weighted mix, over one language pair or several.
+
+Every metric keeps additive rows, one a sentence. An objective lays the rows of its metrics and pairs side by side, each
+pair in columns of its own, so that one vector of sums holds all it needs: scores of any subset, bootstrap intervals and
+paired comparisons work as for a single metric. Its score is the weighted sum, over the metrics, of the mean over pairs.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from raylp.errors import UserError
+from raylp.metrics.ngram import Metric, Statistics, metric
+
+SCALE, STEP = 1e9, 1e-4  # of the finite differences behind `influence`
+FORCED = ("likelihood", "agreement")
+USUAL = {"chrf++": "chrF2++", "chrf2++": "chrF2++", "chrf": "chrF2++", "bleu": "BLEU"}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over units of a sum of values: rows are (sum, number of units)."""
+
+    name: str
+    signature: str
+    sign: float = 1.0
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] = ()
+    ) -> Statistics:
+        """Not from texts: rows come from a model's probabilities (`raylp.search.forced`)."""
+        raise TypeError(f"{self.name} is not computed from translations")
+
+    def score(self, totals: Statistics) -> float:
+        return self.sign * float(totals[0]) / float(totals[1]) if totals[1] else 0.0
+
+
+@dataclass(frozen=True)
+class UserMetric:
+    """A function of the user's: `function(hypotheses, references, sources)` gives a number for each sentence.
+
+    The score is their mean; more is better.
+    """
+
+    name: str
+    function: Callable[[list[str], list[str], list[str]], Sequence[float]]
+
+    @property
+    def signature(self) -> str:
+        return f"mean|function:{self.name}|source:{self._digest()}"
+
+    def _digest(self) -> str:
+        """Of the function's source, so that a changed one is not taken for the old one; 8 hex digits."""
+        try:
+            source = inspect.getsource(self.function)
+        except (OSError, TypeError):
+            source = repr(self.function)
+        return hashlib.sha256(source.encode()).hexdigest()[:8]
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] = ()
+    ) -> Statistics:
+        """(sentences, 2): the value, and 1.
+
+        Raises:
+            UserError: the function failed, or gave something else than one finite number a sentence.
+        """
+        try:
+            values = np.asarray(self.function(list(hypotheses), list(references), list(sources)), dtype=np.float64)
+        except Exception as error:
+            raise UserError(f"search.objective {self.name} failed: {type(error).__name__}: {error}", 1) from error
+        if values.shape != (len(hypotheses),) or not np.isfinite(values).all():
+            raise UserError(f"search.objective {self.name}: one finite number for each of the sentences is wanted", 1)
+        return np.stack([values, np.ones_like(values)], axis=1)
+
+    def score(self, totals: Statistics) -> float:
+        return float(totals[0]) / float(totals[1]) if totals[1] else 0.0
+
+
+def usual_name(name: str) -> str:
+    """`name` as scores are filed: `chrF++` is sacrebleu's `chrF2++`."""
+    return USUAL.get(name.lower(), name)
+
+
+def is_function(name: str) -> bool:
+    """Whether `name` is `module:function`."""
+    module, _, function = name.partition(":")
+    return bool(function) and module.replace(".", "").isidentifier() and function.isidentifier()
+
+
+def load_metric(name: str, target_language: str = "") -> Metric:
+    """The metric of a part.
+
+    Raises:
+        UserError: there is none of this name, or its module cannot be imported.
+    """
+    if name == "likelihood":
+        return Mean(name, "mean log-probability a target token")
+    if name == "agreement":
+        return Mean(name, "minus mean KL(unpruned || pruned) a target token", -1.0)
+    if is_function(name):
+        return _user_metric(name)
+    return metric(name, target_language)
+
+
+def _user_metric(name: str) -> UserMetric:
+    import importlib
+
+    module, _, function = name.partition(":")
+    try:
+        return UserMetric(name, getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"search.objective {name}: {error}; the module must be importable (PYTHONPATH)") from error
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`weights`: by metric name; `pairs`: the language pairs there are. More is better."""
+
+    weights: tuple[tuple[str, float], ...]
+    pairs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float], pairs: Sequence[str]) -> "Objective":
+        return cls(tuple(weights.items()), tuple(dict.fromkeys(pairs)))
+
+    @property
+    def text_names(self) -> list[str]:
+        """The metrics that need translations."""
+        return [name for name, _ in self.weights if name not in FORCED]
+
+    @property
+    def forced_names(self) -> list[str]:
+        """The metrics that need the probabilities of the references only."""
+        return [name for name, _ in self.weights if name in FORCED]
+
+    @property
+    def name(self) -> str:
+        if len(self.weights) == 1:
+            return self.weights[0][0]
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.weights)
+
+    @cached_property
+    def metrics(self) -> dict[tuple[str, str], Metric]:
+        """By metric name and pair."""
+        return {
+            (name, pair): load_metric(name, pair.partition("-")[2]) for name, _ in self.weights for pair in self.pairs
+        }
+
+    @cached_property
+    def signature(self) -> str:
+        single = len(self.weights) == len(self.pairs) == 1
+        parts = [
+            self.metrics[name, pair].signature
+            if single
+            else f"{weight:g}*{name}[{pair}:{self.metrics[name, pair].signature}]"
+            for name, weight in self.weights
+            for pair in self.pairs
+        ]
+        return " + ".join(parts)
+
+    def metric(self, name: str, pair: str) -> Metric:
+        """The metric of one part."""
+        return self.metrics[name, pair]
+
+    def filed(self, name: str, pair: str) -> str:
+        """What the ledger calls a metric: by its signature where the name alone does not say it all."""
+        if name in FORCED or name == "chrF2++" or self.metric(name, pair).signature == metric("BLEU").signature:
+            return name
+        return self.metric(name, pair).signature
+
+    def is_cheap(self, name: str) -> bool:
+        """Whether a metric is computed where the translations are made, in no time; COMET is a process of its own."""
+        return name in ("chrF2++", "BLEU") or is_function(name)
+
+    def rows(self, parts: Mapping[str, Any], pair: str) -> Statistics:
+        """(sentences, columns) for sentences of one `pair`; `parts`: each metric's rows, by its name."""
+        columns = []
+        for name, _ in self.weights:
+            own = np.asarray(parts[name], dtype=np.float64)
+            columns += [own if other == pair else np.zeros_like(own) for other in self.pairs]
+        return np.concatenate(columns, axis=1)
+
+    def score(self, totals: Statistics) -> float:
+        """The objective from the sums of `rows`; a pair of which no sentence is in the sums does not count."""
+        if len(self.weights) == len(self.pairs) == 1:
+            return self.metrics[self.weights[0][0], self.pairs[0]].score(totals)
+        start, whole = 0, 0.0
+        for name, weight in self.weights:
+            scores = []
+            for pair in self.pairs:
+                part = totals[start : start + columns_of(name)]
+                start += len(part)
+                if part.any():
+                    scores.append(self.metrics[name, pair].score(part))
+            whole += weight * (sum(scores) / len(scores) if scores else 0.0)
+        return whole
+
+
+def columns_of(name: str) -> int:
+    """Columns of a metric's rows."""
+    if name in FORCED or is_function(name):
+        return 2
+    if name in ("chrF2++", "BLEU"):
+        return int(metric(name).statistics(["a"], ["a"]).shape[1])
+    return 2
+
+
+def influence(score: Callable[[Any], float], rows: Statistics) -> Statistics:
+    """(sentences,): how far each sentence's row moves the score of them all, to first order (the delta method).
+
+    `score` depends on the proportions of its sums only, as ratios and means do. The influences' mean is 0; their
+    standard deviation over the square root of n estimates the score's standard error.
+    """
+    mean = rows.mean(0)
+    totals = SCALE * mean  # counts stay counts: some metrics take whole numbers
+    gradient = np.zeros(len(mean))
+    for column, value in enumerate(totals):
+        step = STEP * max(abs(value), SCALE * STEP)
+        up, down = totals.copy(), totals.copy()
+        up[column] += step
+        down[column] -= step if value else 0.0
+        gradient[column] = (score(up) - score(down)) / (up[column] - down[column])
+    return (rows - mean) @ (SCALE * gradient)

@@ -1,0 +1,322 @@
+"""How a search goes about it: which sets of layers are tried, on how many sentences, and what is kept.
+
+Pure decisions: how a set is scored, and where, is the evaluator's. `exhaustive` is the published loop (Moslem et al.,
+Iterative Layer Pruning for Efficient Translation Inference, WMT 2025, section 3).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from raylp.metrics.intervals import Score, score_with_interval
+from raylp.metrics.ngram import Statistics
+from raylp.metrics.objective import Objective
+from raylp.search.plan import Candidate, Removed, Round
+from raylp.search.race import race
+from raylp.search.targets import Target
+
+
+class Evaluator(Protocol):
+    """What scores sets of layers. Blocks are numbered; `sizes`: sentences in each."""
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
+
+    def measure(self, units: list[tuple[Removed, int]]) -> None:
+        """Scores these (set, block) pairs, unless they are known; earlier ones first."""
+        ...
+
+    def rows(self, removed: Removed, block: int) -> Statistics:
+        """The objective's rows of one measured pair."""
+        ...
+
+    def likelihood(self, base: Removed, layers: Sequence[int]) -> dict[int, float]:
+        """Mean negative log-probability of a reference token without `base` and each of `layers`."""
+        ...
+
+    def importance(self, criterion: str, base: Removed, layers: Sequence[int]) -> dict[int, float]:
+        """A cheap criterion for each of `layers` in the model without `base`; the lowest goes first."""
+        ...
+
+    def noise(self) -> float | None:
+        """A score that translations of other sentences reach; None where the objective has none such."""
+        ...
+
+    def spent(self) -> dict[str, float]:
+        """Units, sentences generated and seconds of workers so far, in this run of the search or an earlier one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """As in a recipe's `search` section."""
+
+    strategy: str = "race"
+    risk: float = 0.05
+    criterion: str = "block_influence"
+    beam: int = 1
+    per_round: int = 1
+    joint_tolerance: float = 1.25
+    swaps: int = 0
+    floor: str = "keep"
+
+
+@dataclass
+class Choice:
+    """`winners`: best first; `records`: what is told of every candidate; `facts`: how it was decided."""
+
+    winners: list[Removed]
+    records: list[Candidate]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Search:
+    """One search; `on_round` hears all rounds so far, `on_look` how a round goes."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        target: Target,
+        options: Options,
+        on_round: Callable[[list[Round]], None] = lambda _: None,
+        on_look: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.evaluator, self.target, self.options = evaluator, target, options
+        self.on_round, self.on_look = on_round, on_look
+        self.rounds: list[Round] = []
+        self.stopped: str | None = None
+        self._last: dict[int, float] = {}  # each layer's score in the last round: who is measured first in the next
+        self._baseline: Score | None = None
+
+    def run(self) -> list[Round]:
+        """All rounds. `stopped` says why a search ended before its target, if it did."""
+        if self.target.max_loss is not None:
+            self._baseline = self.full_score(())
+        if self.options.strategy == "oneshot":
+            self._oneshot()
+        else:
+            self._greedy()
+        if self.rounds and self.options.swaps and self.stopped is None:
+            self._swap()
+        return self.rounds
+
+    def full_score(self, removed: Removed) -> Score:
+        """The objective without `removed` on all sentences of the search."""
+        blocks = range(len(self.evaluator.sizes))
+        self.evaluator.measure([(removed, block) for block in blocks])
+        return self._score(removed, blocks)
+
+    def _score(self, removed: Removed, blocks: Iterable[int]) -> Score:
+        rows = np.concatenate([self.evaluator.rows(removed, block) for block in blocks])
+        return score_with_interval(self.evaluator.objective, rows)
+
+    # --- greedy, beam, several a round ---
+
+    def _greedy(self) -> None:
+        beam: list[Removed] = [()]
+        while not self.target.reached(beam[0]) and len(beam[0]) < self.target.most:
+            before = self.evaluator.spent()
+            candidates = self._children(beam)
+            room = self.target.most - len(beam[0])
+            width = max(self.options.beam, min(self.options.per_round, room))
+            choice = self.choose(candidates, min(width, len(candidates)))
+            if self.options.per_round > 1:
+                choice.winners = [self._several(choice, beam[0])]
+            best = choice.winners[0]
+            score = self._after(best, choice)
+            if self._too_much(score):
+                self._stop(best, score)
+                return
+            self._file(beam[0], best, score, choice.records, {**choice.facts, **self._cost(before)})
+            beam = choice.winners[: self.options.beam]
+
+    def _children(self, beam: Sequence[Removed]) -> list[Removed]:
+        """Every set of the beam with one layer more, each once, in the order of their layers."""
+        free = [layer for layer in range(self.target.num_layers) if layer not in self.target.protected]
+        found: dict[frozenset[int], Removed] = {}
+        for gone in beam:
+            for layer in free:
+                if layer not in gone:
+                    found.setdefault(frozenset((*gone, layer)), (*gone, layer))
+        return list(found.values())
+
+    def choose(self, candidates: list[Removed], keep: int = 1) -> Choice:
+        """The best `keep` of the candidates by the strategy."""
+        if self.options.strategy == "sleb":
+            return self._by_likelihood(candidates, keep)
+        choice = self._by_objective(candidates, keep)
+        noise = self.evaluator.noise()
+        best = max((c.score.value for c in choice.records if c.score), default=None)
+        if noise is None or best is None or best > noise:
+            return choice
+        facts = {**choice.facts, "floor": {"noise": noise, "best": best, "decided_by": "the objective all the same"}}
+        if self.options.floor == "likelihood":
+            instead = self._by_likelihood(candidates, keep)
+            losses = {c.removed: c.importance for c in instead.records}
+            records = [
+                Candidate(c.removed, c.score, c.sentences, c.dropped_at, c.bound, losses[c.removed])
+                for c in choice.records
+            ]
+            facts["floor"]["decided_by"] = "likelihood"
+            return Choice(instead.winners, records, facts)
+        choice.facts = facts
+        return choice
+
+    def _by_objective(self, candidates: list[Removed], keep: int) -> Choice:
+        evaluator, blocks = self.evaluator, range(len(self.evaluator.sizes))
+        if self.options.strategy == "exhaustive":
+            evaluator.measure([(removed, block) for removed in candidates for block in blocks])
+            scores = {removed: self._score(removed, blocks) for removed in candidates}
+            order = sorted(range(len(candidates)), key=lambda c: (-scores[candidates[c]].value, candidates[c][-1]))
+            records = [Candidate(removed, scores[removed], scores[removed].n) for removed in candidates]
+            self._last = {removed[-1]: scores[removed].value for removed in candidates}
+            return Choice([candidates[c] for c in order[:keep]], records, {"strategy": "exhaustive"})
+        first = sorted(range(len(candidates)), key=lambda c: -self._last.get(candidates[c][-1], 0.0))
+        place = {c: rank for rank, c in enumerate(first)}
+
+        def measure(units: list[tuple[int, int]]) -> None:
+            ordered = sorted(units, key=lambda unit: (unit[1], place[unit[0]]))
+            evaluator.measure([(candidates[c], block) for c, block in ordered])
+
+        def look(sentences: int, alive: list[int], leader: int, score: float) -> None:
+            told = {"sentences": sentences, "alive": len(alive), "leader": candidates[leader][-1], "score": score}
+            self.on_look(told)
+
+        result = race(
+            len(candidates),
+            evaluator.sizes,
+            measure,
+            lambda c, block: evaluator.rows(candidates[c], block),
+            evaluator.objective.score,
+            self.options.risk,
+            keep,
+            len(evaluator.objective.pairs),
+            look,
+        )
+        records = [
+            Candidate(
+                removed, self._score(removed, range(seen)), standing.sentences, standing.dropped_at, standing.bound
+            )
+            for removed, seen, standing in zip(candidates, result.blocks, result.standings, strict=True)
+        ]
+        self._last = {c.removed[-1]: c.score.value for c in records if c.score}
+        facts = {"strategy": "race", "risk": self.options.risk, "looks": result.looks}
+        return Choice([candidates[c] for c in result.winners], records, facts)
+
+    def _by_likelihood(self, candidates: list[Removed], keep: int) -> Choice:
+        losses: dict[Removed, float] = {}
+        for base in dict.fromkeys(removed[:-1] for removed in candidates):
+            layers = [removed[-1] for removed in candidates if removed[:-1] == base]
+            for layer, loss in self.evaluator.likelihood(base, layers).items():
+                losses[(*base, layer)] = loss
+        order = sorted(candidates, key=lambda removed: (losses[removed], removed[-1]))
+        n = sum(self.evaluator.sizes)
+        records = [Candidate(removed, None, n, importance=losses[removed]) for removed in candidates]
+        return Choice(order[:keep], records, {"strategy": "sleb"})
+
+    def _several(self, choice: Choice, gone: Removed) -> Removed:
+        """As many of the round's best as cost no more together than `joint_tolerance` x the sum of their own losses."""
+        layers = [winner[-1] for winner in choice.winners]
+        before = self.full_score(gone).value
+        losses = [before - self.full_score(winner).value for winner in choice.winners]
+        tried = []
+        for number in range(len(layers), 1, -1):
+            joint = (*gone, *layers[:number])
+            loss = before - self.full_score(joint).value
+            allowed = self.options.joint_tolerance * max(0.0, sum(losses[:number]))
+            tried.append({"removed": list(joint), "loss": loss, "allowed": allowed})
+            if loss <= allowed:
+                break
+        else:
+            number = 1
+        choice.facts["joint"] = tried
+        return (*gone, *layers[:number])
+
+    def _after(self, best: Removed, choice: Choice) -> Score | None:
+        """The score without `best`: on all sentences where a decision rests on it, else as far as it was measured."""
+        if self.target.wanted(best) or self.target.reached(best) or self.target.max_loss is not None:
+            return self.full_score(best)
+        return next((c.score for c in choice.records if c.removed == best), None)
+
+    def _too_much(self, score: Score | None) -> bool:
+        most = self.target.max_loss
+        return (
+            most is not None
+            and score is not None
+            and self._baseline is not None
+            and (self._baseline.value - score.value > most)
+        )
+
+    def _stop(self, best: Removed, score: Score | None) -> None:
+        assert score is not None and self._baseline is not None
+        self.stopped = (
+            f"without {list(best)} the loss would be {self._baseline.value - score.value:.2f}, at most "
+            f"{self.target.max_loss:g} is allowed"
+        )
+
+    # --- one shot ---
+
+    def _oneshot(self) -> None:
+        before = self.evaluator.spent()
+        free = [layer for layer in range(self.target.num_layers) if layer not in self.target.protected]
+        values = self.evaluator.importance(self.options.criterion, (), free)
+        order = sorted(free, key=lambda layer: (values[layer], layer))
+        gone: Removed = ()
+        for layer in order:
+            if self.target.reached(gone) or len(gone) >= self.target.most:
+                return
+            best = (*gone, layer)
+            score = self._after(best, Choice([best], []))
+            if self._too_much(score):
+                self._stop(best, score)
+                return
+            tried = [(*gone, other) for other in free if other not in gone]
+            records = [Candidate(removed, None, 0, importance=values[removed[-1]]) for removed in tried]
+            facts = {"strategy": "oneshot", "criterion": self.options.criterion}
+            self._file(gone, best, score, records, {**facts, **self._cost(before)})
+            before, gone = self.evaluator.spent(), best
+
+    # --- refine ---
+
+    def _swap(self) -> None:
+        """Puts a removed layer back and takes another, while that helps on all sentences."""
+        free = [layer for layer in range(self.target.num_layers) if layer not in self.target.protected]
+        for _ in range(self.options.swaps):
+            before = self.evaluator.spent()
+            gone = self.rounds[-1].gone
+            now = self.full_score(gone)
+            moves = [
+                (*(layer for layer in gone if layer != back), other)
+                for back in gone
+                for other in free
+                if other not in gone
+            ]
+            if not moves:
+                return
+            choice = self._by_objective(moves, 1)
+            best = choice.winners[0]
+            score = self.full_score(best)
+            helps = score.value > now.value
+            facts = {**choice.facts, "move": "swap", **self._cost(before)}
+            if not helps:
+                self._file(gone, gone, now, choice.records, facts)
+                return
+            self._file(gone, best, score, choice.records, facts)
+
+    # --- the record ---
+
+    def _file(
+        self, old: Removed, new: Removed, score: Score | None, records: list[Candidate], facts: dict[str, Any]
+    ) -> None:
+        taken = tuple(layer for layer in new if layer not in old)
+        restored = tuple(layer for layer in old if layer not in new)
+        self.rounds.append(Round(taken, restored, new, score, records, facts))
+        self.on_round(self.rounds)
+
+    def _cost(self, before: dict[str, float]) -> dict[str, Any]:
+        return {key: value - before.get(key, 0) for key, value in self.evaluator.spent().items()}

@@ -1,0 +1,120 @@
+"""When enough layers are gone: by number, parameters, bytes, estimated latency, or the loss of quality."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raylp.errors import UserError
+from raylp.models.checkpoint import Costs, layer_costs, stack_size
+from raylp.search.config import Search as Section
+from raylp.search.plan import num_evaluations, protected_layers
+
+
+@dataclass(frozen=True)
+class Target:
+    """`depths`: numbers of layers wanted, deepest cut last. The rest is the most the pruned model may have.
+
+    `latency` is a share of the unpruned model's time for a step; `max_loss` is in points of the objective. A target
+    that names no depth goes on until what it names is reached; `max_loss` ends the search before it is exceeded.
+    """
+
+    num_layers: int
+    protected: frozenset[int]
+    depths: tuple[int, ...] = ()
+    parameters: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
+    max_loss: float | None = None
+    costs: Costs | None = None
+
+    @property
+    def most(self) -> int:
+        """How many layers can go at most."""
+        return self.num_layers - min(self.depths) if self.depths else self.num_layers - len(self.protected)
+
+    def reached(self, removed: Sequence[int]) -> bool:
+        """Whether a model without `removed` is small enough; never, where only the loss of quality is bounded."""
+        if self.depths:
+            return self.num_layers - len(removed) <= min(self.depths)
+        tests = [
+            self.size(kind, removed) <= limit
+            for kind in ("parameters", "bytes", "latency")
+            if (limit := getattr(self, kind)) is not None
+        ]
+        return bool(tests) and all(tests)
+
+    def wanted(self, removed: Sequence[int]) -> bool:
+        """Whether a model without `removed` is one that was asked for."""
+        return self.num_layers - len(removed) in self.depths if self.depths else self.reached(removed)
+
+    def size(self, kind: str, removed: Sequence[int]) -> float:
+        """Parameters, bytes, or share of latency without `removed`."""
+        assert self.costs is not None
+        gone = set(removed)
+        each, rest = {
+            "parameters": (self.costs.parameters, self.costs.parameters_rest),
+            "bytes": (self.costs.bytes, self.costs.bytes_rest),
+            "latency": (self.costs.step, self.costs.step_rest),
+        }[kind]
+        left = rest + sum(value for layer, value in enumerate(each) if layer not in gone)
+        return left / (rest + sum(each)) if kind == "latency" else left
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: it cannot be reached, or is reached before anything is removed.
+        """
+        free = self.num_layers - len(self.protected)
+        for depth in self.depths:
+            count = self.num_layers - depth
+            if count < 1:
+                raise UserError(
+                    f"search.layers: {depth} of {self.num_layers} layers are to stay, so none would go; lower it"
+                )
+            if count > free:
+                raise UserError(
+                    f"{count} layers are to go, but the model has {self.num_layers} and {len(self.protected)} are "
+                    f"protected, so at most {free} can: lower search.remove (or raise search.layers)"
+                )
+        removable = [layer for layer in range(self.num_layers) if layer not in self.protected]
+        for kind in ("parameters", "bytes", "latency"):
+            limit = getattr(self, kind)
+            if limit is None:
+                continue
+            least, whole = self.size(kind, removable), self.size(kind, ())
+            if limit >= whole:
+                raise UserError(f"search.{kind}: {limit:g} is no less than the whole model's {whole:g}; lower it")
+            if limit < least:
+                raise UserError(
+                    f"search.{kind}: {limit:g} cannot be met, without any layer that may go it is still {least:g}; "
+                    f"raise it or protect fewer layers"
+                )
+
+
+def target_of(section: Section, path: Path) -> Target:
+    """When the search of a recipe has removed enough, for the model in `path`.
+
+    Raises:
+        UserError: the model cannot be cut so far, or is small enough already.
+    """
+    num_layers = stack_size(path)
+    depths = [num_layers - section.remove] if section.remove is not None else section.depths
+    target = Target(
+        num_layers,
+        protected_layers(section.protect, num_layers),
+        tuple(depths),
+        section.parameters,
+        section.bytes,
+        section.latency,
+        section.max_loss,
+        layer_costs(path),
+    )
+    target.check()
+    return target
+
+
+def most_evaluations(section: Section, target: Target) -> int:
+    """Candidates there are in all rounds, the unpruned model among them; swaps come on top."""
+    if section.strategy in ("oneshot", "sleb"):
+        return 1 + len(target.depths)
+    return 1 + section.beam * num_evaluations(target.num_layers, len(target.protected), target.most)

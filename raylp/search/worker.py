@@ -1,0 +1,154 @@
+"""What a worker computes for a search. It files its lines itself: what is done outlives the driver."""
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raylp.generate.pool import Worker
+from raylp.ledger import score_key, write_segment
+from raylp.metrics.objective import load_metric
+from raylp.rundir import RunDir
+from raylp.search.blocks import Block
+
+if TYPE_CHECKING:
+    from raylp.search.forced import ForcedScorer
+
+MAX_SCORERS = 16
+KEEP_BYTES = 1 << 30  # of states, over all scorers
+TRANSLATION = "translation"  # the metric of a line that only keeps translations; its rows count their tokens
+
+
+@dataclass(frozen=True)
+class Translate:
+    """Work: translate a block without some layers, and score it. `facts`: of the line for each metric, by its name.
+
+    `draft`: translations that are thought to be near, if there are any.
+    """
+
+    path: str
+    run_url: str
+    block: Block
+    removed: tuple[int, ...]
+    facts: dict[str, dict[str, Any]]
+    draft: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Force:
+    """Work: probabilities of a block's references without `base` and each of `layers`, or of `base` alone.
+
+    `facts`: of the line for each (layer, metric); the layer is None for `base` alone.
+    """
+
+    path: str
+    run_url: str
+    block: Block
+    base: tuple[int, ...]
+    layers: tuple[int, ...]
+    dtype: str
+    facts: dict[tuple[int | None, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Weigh:
+    """Work: a cheap criterion for each of `layers` in the model without `base`, on all blocks."""
+
+    path: str
+    run_url: str
+    blocks: tuple[Block, ...]
+    base: tuple[int, ...]
+    layers: tuple[int, ...]
+    dtype: str
+    criterion: str
+    seed: int
+    facts: dict[str, Any]
+
+
+class SearchWorker(Worker):
+    """A worker that also scores."""
+
+    def __init__(self, threads: int, newline: bool, log: str) -> None:
+        super().__init__(threads, newline, log)
+        self.scorers: dict[tuple[str, ...], ForcedScorer] = {}
+
+    def do(self, work: Translate | Force | Weigh) -> list[dict[str, Any]]:
+        """The ledger lines of a piece of work."""
+        lines = self._lines(work)
+        for line in lines:
+            line["worker"] = f"{socket.gethostname()}:{self.pid()}"
+        write_segment(RunDir(work.run_url), lines)
+        return lines
+
+    def _lines(self, work: Translate | Force | Weigh) -> list[dict[str, Any]]:
+        if isinstance(work, Translate):
+            return self._translated(work)
+        return self._forced(work) if isinstance(work, Force) else self._weighed(work)
+
+    def _translated(self, work: Translate) -> list[dict[str, Any]]:
+        any_facts = next(iter(work.facts.values()))
+        backend, dtype = any_facts["backend"], any_facts["dtype"]
+        outputs, seconds = self.translate(
+            work.path, backend, dtype, work.block.requests, work.removed, skippable=backend == "vllm"
+        )
+        texts = [output.text for output in outputs]
+        tokens = [len(output.tokens) for output in outputs]
+        lines = []
+        for name, facts in work.facts.items():
+            if name == TRANSLATION:
+                rows: Sequence[Any] = [[count] for count in tokens]
+            else:
+                metric = load_metric(name, work.block.pair.partition("-")[2])
+                rows = metric.statistics(texts, work.block.references, work.block.sources).tolist()
+            lines.append({"key": score_key(facts), **facts, "statistics": rows})
+        lines[0] |= {
+            "pair": work.block.pair,
+            "texts": texts,
+            "tokens": sum(tokens),
+            "finish": [output.finish for output in outputs],
+            "seconds": round(seconds, 4),
+        }
+        return lines
+
+    def _forced(self, work: Force) -> list[dict[str, Any]]:
+        started = time.perf_counter()
+        scorer = self._scorer(work.path, work.dtype, (work.block,))
+        lines = []
+        for name in dict.fromkeys(name for _, name in work.facts):
+            objective: Any = name
+            rows: dict[int | None, Any] = dict(scorer.sweep(work.base, work.layers, objective)) if work.layers else {}
+            if not work.layers:
+                rows[None] = scorer.score(work.base, objective)
+            for layer, own in rows.items():
+                facts = work.facts[layer, name]
+                lines.append({"key": score_key(facts), **facts, "statistics": own.tolist()})
+        lines[0]["seconds"] = round(time.perf_counter() - started, 4)
+        return lines
+
+    def _weighed(self, work: Weigh) -> list[dict[str, Any]]:
+        from raylp.search.criteria import importance
+
+        started = time.perf_counter()
+        scorer = self._scorer(work.path, work.dtype, work.blocks)
+        values = importance(work.criterion, scorer, work.base, seed=work.seed)
+        seconds = round(time.perf_counter() - started, 4)
+        rows = [[values[layer]] for layer in work.layers]
+        return [{"key": score_key(work.facts), **work.facts, "statistics": rows, "seconds": seconds}]
+
+    def _scorer(self, path: str, dtype: str, blocks: tuple[Block, ...]) -> "ForcedScorer":
+        """For these blocks, the one of last time if it is still there: it keeps states for the next round."""
+        from raylp.search.forced import Example, ForcedScorer
+
+        model = self.hold(path, "transformers", dtype).model  # type: ignore[attr-defined]
+        key = (path, dtype, *(block.hash for block in blocks))
+        if key not in self.scorers:
+            examples = [
+                Example(request.tokens, target)
+                for block in blocks
+                for request, target in zip(block.requests, block.targets, strict=True)
+            ]
+            while len(self.scorers) >= MAX_SCORERS:
+                del self.scorers[next(iter(self.scorers))]
+            self.scorers[key] = ForcedScorer(model, examples, keep_bytes=KEEP_BYTES // MAX_SCORERS)
+        return self.scorers[key]

@@ -1,0 +1,238 @@
+"""How a search decides, on rows made up for the purpose: no model, no Ray."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raylp.errors import UserError
+from raylp.metrics.intervals import paired_difference
+from raylp.metrics.objective import Objective, influence
+from raylp.models.checkpoint import Costs
+from raylp.search.plan import Removed, num_evaluations, protected_layers
+from raylp.search.race import looks, race
+from raylp.search.strategies import Options, Search
+from raylp.search.targets import Target
+
+MEAN = Objective.of({"likelihood": 1.0}, ["xx-yy"])
+
+
+class Table:
+    """Scores by a formula: `value(removed, sentence)`; what is measured is kept, to be counted."""
+
+    def __init__(self, value, sentences: int = 32, block: int = 8, noise: float | None = None, losses=None) -> None:
+        self.objective = MEAN
+        self.sizes = [block] * (sentences // block)
+        self.block = block
+        self.value, self._noise, self.losses = value, noise, losses or {}
+        self.units: set[tuple[frozenset[int], int]] = set()
+
+    def measure(self, units: list[tuple[Removed, int]]) -> None:
+        self.units |= {(frozenset(removed), block) for removed, block in units}
+
+    def rows(self, removed: Removed, block: int):
+        assert (frozenset(removed), block) in self.units
+        numbers = range(block * self.block, (block + 1) * self.block)
+        return np.array([[self.value(frozenset(removed), i), 1.0] for i in numbers])
+
+    def likelihood(self, base: Removed, layers: Sequence[int]) -> dict[int, float]:
+        return {layer: self.losses[layer] for layer in layers}
+
+    def importance(self, criterion: str, base: Removed, layers: Sequence[int]) -> dict[int, float]:
+        return {layer: self.losses[layer] for layer in layers}
+
+    def noise(self) -> float | None:
+        return self._noise
+
+    def spent(self) -> dict[str, float]:
+        return {"units": len(self.units)}
+
+
+def additive(costs: Sequence[float], spread: float = 0.0, seed: int = 0):
+    """Every layer costs what it costs; sentences differ, and each layer is missed more by some than by others."""
+    random = np.random.default_rng(seed)
+    common = random.normal(0, 1, 1000)
+    own = random.normal(0, spread, (len(costs), 1000)) if spread else np.zeros((len(costs), 1000))
+    return lambda removed, i: 100 + common[i] - sum(costs[layer] + own[layer, i] for layer in removed)
+
+
+def run(table: Table, num_layers: int, remove: int, **options: object) -> Search:
+    target = Target(num_layers, protected_layers([0, -1], num_layers), (num_layers - remove,))
+    search = Search(table, target, Options(**{"strategy": "exhaustive", **options}))  # type: ignore[arg-type]
+    search.run()
+    return search
+
+
+@given(st.lists(st.integers(0, 50), min_size=4, max_size=10), st.data())
+@settings(max_examples=30, deadline=None)
+def test_exhaustive_takes_the_cheapest_first(costs: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(costs) - 2))
+    table = Table(additive(costs))
+    rounds = run(table, len(costs), count).rounds
+    removed = [layer for r in rounds for layer in r.removed]
+    assert removed == sorted(range(1, len(costs) - 1), key=lambda i: (costs[i], i))[:count]
+    assert len(table.units) == len(table.sizes) * num_evaluations(len(costs), 2, count)
+    assert [len(r.candidates) for r in rounds] == [len(costs) - 2 - i for i in range(count)]
+    assert all(c.removed[:-1] == tuple(removed[:i]) for i, r in enumerate(rounds) for c in r.candidates)
+
+
+def test_published_counts() -> None:
+    assert [num_evaluations(32, 2, count) for count in (8, 12, 16)] == [212, 294, 360]
+
+
+def test_race_takes_what_exhaustive_takes_for_less() -> None:
+    costs = [0.0, 3.0, 12.0, 9.0, 7.0, 14.0, 5.0, 8.0, 11.0, 0.0]
+    plain, raced = Table(additive(costs, 4), 128), Table(additive(costs, 4), 128)
+    expected = [r.removed for r in run(plain, 10, 3).rounds]
+    found = run(raced, 10, 3, strategy="race")
+    assert [r.removed for r in found.rounds] == expected
+    assert len(raced.units) < len(plain.units) / 2
+    assert found.rounds[-1].score is not None and found.rounds[-1].score.n == 128  # the last one is scored in full
+    assert any(c.dropped_at is not None for c in found.rounds[0].candidates)
+
+
+def test_race_keeps_its_risk() -> None:
+    """Candidates close to each other and noisy: it is hardly ever wrong by more than a tie."""
+    wrong, spent = 0, 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        means = random.normal(0, 1.5, 12)
+        values = means[:, None] + random.normal(0, 10, (12, 128)) + random.normal(0, 10, 128)
+        rows = [np.stack([own, np.ones(128)], axis=1) for own in values]
+        result = race(12, [16] * 8, lambda _: None, lambda c, b: rows[c][16 * b : 16 * b + 16], MEAN.score)  # noqa: B023
+        best = int(values.mean(1).argmax())
+        wrong += paired_difference(MEAN, rows[result.winners[0]], rows[best]).high < 0
+        spent += sum(standing.sentences for standing in result.standings)
+    assert wrong <= 200 * 0.05 and spent < 200 * 12 * 128
+
+
+def test_race_on_all_sentences_takes_the_best() -> None:
+    """At next to no risk everything is measured, and then the order alone counts; of equal ones the first."""
+    random = np.random.default_rng(1)
+    values = random.normal(0, 10, (6, 64))
+    values[4] = values[values.mean(1).argmax()]
+    rows = [np.stack([own, np.ones(64)], axis=1) for own in values]
+    result = race(6, [16] * 4, lambda _: None, lambda c, b: rows[c][16 * b : 16 * b + 16], MEAN.score, 1e-12, keep=2)
+    order = sorted(range(6), key=lambda c: (-values[c].mean(), c))
+    assert result.winners == order[:2]
+
+
+def test_looks() -> None:
+    assert looks(8) == [1, 2, 3, 5, 8] and looks(1) == [1] and looks(9, turn=2) == [2, 4, 6, 9]
+
+
+def test_influence_is_the_delta_method() -> None:
+    """Standard error of a ratio of means, against its textbook formula."""
+    random = np.random.default_rng(0)
+    counts = random.integers(1, 9, 400).astype(float)
+    sums = counts * random.normal(-2, 0.5, 400)
+    ratio = sums.sum() / counts.sum()
+    expected = (sums - ratio * counts) / counts.mean()
+    assert np.allclose(influence(MEAN.score, np.stack([sums, counts], axis=1)), expected, atol=1e-4)
+
+
+def test_sleb_goes_by_the_likelihood() -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}
+    search = run(Table(additive([0] * 6), losses=losses), 6, 2, strategy="sleb")
+    assert [r.removed for r in search.rounds] == [(2,), (3,)]
+    assert search.rounds[0].candidates[0].importance == 3.0
+
+
+def test_oneshot_takes_the_lowest_in_order() -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}
+    table = Table(additive([0] * 6), losses=losses)
+    search = run(table, 6, 3, strategy="oneshot", criterion="magnitude")
+    assert [r.removed for r in search.rounds] == [(2,), (3,), (1,)]
+    assert {removed for removed, _ in table.units} == {frozenset({1, 2, 3})}  # only the result is scored
+
+
+def test_floor_is_told_and_the_likelihood_takes_over() -> None:
+    costs, losses = [0, 97, 98, 96, 99, 0], {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}
+    kept = run(Table(additive(costs), noise=20.0, losses=losses), 6, 1).rounds[0]
+    assert kept.removed == (3,) and kept.facts["floor"]["decided_by"] == "the objective all the same"
+    other = run(Table(additive(costs), noise=20.0, losses=losses), 6, 1, floor="likelihood").rounds[0]
+    assert other.removed == (2,) and other.facts["floor"]["decided_by"] == "likelihood"
+    assert other.candidates[1].score is not None and other.candidates[1].importance == 1.0
+    high = run(Table(additive(costs), noise=1.0, losses=losses), 6, 1, floor="likelihood").rounds[0]
+    assert high.removed == (3,) and "floor" not in high.facts
+
+
+def joint(removed: frozenset[int], i: int) -> float:
+    """1 and 2 are each harmless, but not both; 3 and 4 cost a little."""
+    return 100 - 40 * ({1, 2} <= removed) - 3 * (3 in removed) - 4 * (4 in removed) - 1 * bool(removed & {1, 2})
+
+
+def test_several_a_round_are_checked_together() -> None:
+    search = run(Table(joint), 6, 3, per_round=2)
+    assert search.rounds[0].removed == (1,)  # 1 and 2 together cost more than one by one
+    assert search.rounds[0].facts["joint"][0]["removed"] == [1, 2]
+    assert sorted(search.rounds[-1].gone) == [1, 3, 4]
+
+
+OWN = {1: 1, 2: 2, 3: 3, 4: 30}
+
+
+def test_a_beam_finds_what_greedy_misses() -> None:
+    """1 is the best first, but 2 and 3 are the best pair."""
+
+    def value(removed: frozenset[int], i: int) -> float:
+        if removed == {2, 3}:
+            return 99
+        return 100 - sum(OWN[layer] for layer in removed) - 10 * (1 in removed and len(removed) > 1)
+
+    assert run(Table(value), 6, 2).rounds[-1].gone == (1, 2)
+    search = run(Table(value), 6, 2, beam=3)
+    assert sorted(search.rounds[-1].gone) == [2, 3]
+    assert search.rounds[0].removed == (1,)
+    assert search.rounds[-1].restored == (1,) and sorted(search.rounds[-1].removed) == [2, 3]
+
+
+def test_swaps_mend_a_greedy_mistake() -> None:
+    def value(removed: frozenset[int], i: int) -> float:
+        return 99 if removed == {2, 3} else 100 - sum(OWN[layer] for layer in removed) * len(removed)
+
+    search = run(Table(value), 6, 2, swaps=5)
+    assert sorted(search.rounds[-1].gone) == [2, 3]
+    swap = next(r for r in search.rounds if r.facts.get("move") == "swap")
+    assert swap.restored == (1,) and swap.removed == (3,)
+    assert search.rounds[-1].removed == ()  # the last one found nothing better
+
+
+def test_the_allowed_loss_ends_a_search() -> None:
+    costs = [0, 1, 2, 30, 40, 0]
+    target = Target(6, protected_layers([0, -1], 6), max_loss=5.0)
+    search = Search(Table(additive(costs)), target, Options("exhaustive"))
+    assert [r.removed for r in search.run()] == [(1,), (2,)]
+    assert search.stopped is not None and "33.00" in search.stopped
+
+
+def test_targets_in_parameters_bytes_and_latency() -> None:
+    costs = Costs((10, 20, 30, 20), 100, (20, 40, 60, 40), 200, (10, 20, 30, 20), 20)
+    free = frozenset({0, 3})
+
+    def target(**limits: float) -> Target:
+        return Target(4, free, costs=costs, **limits)  # type: ignore[arg-type]
+
+    assert not target(parameters=150).reached([1]) and target(parameters=150).reached([1, 2])
+    assert target(bytes=300).reached([2]) and target(latency=0.7).reached([2])
+    assert target(latency=0.7).size("latency", [2]) == pytest.approx(0.7)
+    target(parameters=130).check()
+    with pytest.raises(UserError, match=r"search.parameters: 100 cannot be met, without any layer .* still 130"):
+        target(parameters=100).check()
+    with pytest.raises(UserError, match=r"search.bytes: 400 is no less than the whole model's 360"):
+        target(bytes=400).check()
+
+
+def test_more_layers_than_there_are() -> None:
+    def target(depth: int) -> Target:
+        return Target(18, frozenset({0, 17}), (depth,))
+
+    target(15).check()
+    with pytest.raises(UserError, match="17 layers are to go, but the model has 18 and 2 are protected, so at most 16"):
+        target(1).check()
+    with pytest.raises(UserError, match="none would go"):
+        target(18).check()
+    with pytest.raises(UserError, match="layers 0 to 17"):
+        protected_layers([0, 18], 18)
