@@ -97,7 +97,7 @@ class BlockScorer:
         scores = []
         for removed in candidates:
             lines = [self.ledger.find(score_key(facts)) for facts in self.units(removed)]
-            rows = np.concatenate([np.asarray(line["statistics"], dtype=np.int64) for line in lines if line])
+            rows = np.concatenate([np.asarray(line["statistics"]) for line in lines if line])
             scores.append(score_with_interval(self.metric, rows))
         return scores
 
