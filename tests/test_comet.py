@@ -25,6 +25,7 @@ from raylp.evaluate.scores import score_translations
 from raylp.metrics import registry
 from raylp.metrics.comet import CometMetric, CometScorer, comet_python
 from raylp.metrics.intervals import paired_difference, score_with_interval
+from raylp.pipeline import run
 from raylp.progress import Reporter
 from raylp.recipe import load_recipe, parse_recipe
 from raylp.rundir import RunDir
@@ -118,12 +119,12 @@ def test_without_its_environment_a_recipe_with_comet_is_refused_at_once(
     # The model is not there either: nothing was read before COMET was looked for.
     content = toy_recipe(tmp_path / "model", toy_data, tmp_path / "run", evaluate={"metrics": ["wmt22-comet-da"]})
     path.write_text(yaml.safe_dump(content))
-    for arguments in (["run", str(path), "--dry-run"], ["run", str(path)], ["evaluate", str(path)]):
-        monkeypatch.setattr(sys, "argv", ["raylp", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr().err.strip()
-        assert left.value.code == 2 and said.endswith("run make comet") and "\n" not in said, said
+    with pytest.raises(SystemExit) as left:
+        cli.main(["run", str(path), "--dry-run"])
+    said = capsys.readouterr().err.strip()
+    assert left.value.code == 2 and said.endswith("run make comet") and "\n" not in said, said
+    with pytest.raises(UserError, match=r"run make comet$"):
+        run(load_recipe(path), Reporter(quiet=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -265,6 +266,17 @@ def test_scores_are_those_of_the_command_line(scorer: CometScorer, checkpoints: 
     assert scores == pytest.approx(command_line_scores(checkpoints / "tiny-comet", rows, tmp_path), abs=1e-5)
     assert max(scores) - min(scores) > 0.01  # not one score for all
     assert scorer.score([]) == []
+
+
+@pytest.mark.comet
+def test_translations_that_differ_in_one_letter_are_not_taken_for_each_other(scorer: CometScorer) -> None:
+    """COMET's own cache would: it looks at the edges and the diagonal of a batch of token numbers."""
+    text = "a c e g i b d f h j " * 6
+    rows = [{"src": text, "mt": text, "ref": text}] * 16
+    other = f"{text[:70]}j{text[71:]}"
+    changed = [{**row, "mt": other} if place == 8 else row for place, row in enumerate(rows)]
+    first, second = scorer.score(rows), scorer.score(changed)
+    assert [place for place in range(16) if first[place] != second[place]] == [8]
 
 
 @pytest.mark.comet

@@ -217,7 +217,8 @@ class CometScorer:
     def _refusal(self, phase: str, error: str) -> str:
         name = f"COMET checkpoint {self.checkpoint!r}"
         if phase == "fetch":
-            return f"{name} could not be fetched ({error}): check its name and the network, or name a local .ckpt file"
+            remedy = "check its name, your access to it and the network, or name a local .ckpt file"
+            return f"{name} could not be fetched ({error}): {remedy}"
         if phase == "load":
             return f"{name} could not be read: {error}"
         return f"COMET does not start ({error}): run make comet again"

@@ -18,10 +18,12 @@ import sys
 import threading
 import time
 import traceback
+from collections import OrderedDict
 from typing import Any
 
 BATCH = 16  # comet-score's default
 TELL_EVERY_S = 1.0
+MAX_REMEMBERED = 2048  # batches of embeddings, 32 kB each for an XLM-R of 1,024 channels
 
 
 def main() -> int:
@@ -77,7 +79,8 @@ class _Scorer:
         self.model = load_from_checkpoint(checkpoint).eval().to(self.device)
         if dtype == "float16":
             self.model.half()
-        self.model.set_embedding_cache()
+        # Found where the model looks it up, before the class's own; models that read all texts at once never call it.
+        self.model.get_sentence_embedding = _remembered(self.model.compute_sentence_embedding)
 
     def score(self, rows: list[dict[str, str]]) -> list[float]:
         """One score for each row. Batches are those of `predict` (comet/models/base.py), since in half precision a
@@ -102,6 +105,27 @@ class _Scorer:
                     told = time.monotonic()
                     self.tell(done=start + len(chosen))
         return scores
+
+
+def _remembered(compute: Any) -> Any:
+    """`compute` with its last results kept: sources and references come again with every system.
+
+    COMET's own cache takes two batches for one when they agree at their edges and on their diagonal, as the
+    translations of two similar systems may; this one compares every token.
+    """
+    known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def embedding(input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
+        tensors = (input_ids, attention_mask, token_type_ids)
+        key = tuple(None if t is None else (tuple(t.shape), t.cpu().numpy().tobytes()) for t in tensors)
+        if key not in known:
+            known[key] = compute(input_ids, attention_mask, token_type_ids=token_type_ids)
+            if len(known) > MAX_REMEMBERED:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
+
+    return embedding
 
 
 def _one_line(error: Exception) -> str:

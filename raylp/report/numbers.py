@@ -7,8 +7,8 @@ from raylp.report.contents import Stat, concurrency
 
 MINUS = "−"
 NONE = "–"
-# Metrics whose scale is 0 to 100. Trained ones, COMET under any checkpoint's name, mostly go from 0 to 1: one decimal would
-# hide every difference.
+# Metrics whose scale is 0 to 100. Trained ones, COMET under any checkpoint's name, mostly go from 0 to 1, where one
+# decimal would hide every difference.
 _HUNDRED_SCALE = re.compile("chrf|bleu$|ter$|^$", re.IGNORECASE)
 
 
