@@ -3,7 +3,7 @@
 One JSON object a line, requests on stdin, answers on stdout; all that COMET and its libraries print goes to stderr.
 
     {"phase": "start" | "fetch" | "load"}           what comes next, before the first request
-    {"ready": {"comet": version, "device": "cpu"}}  or {"error": text}, after which the process ends
+    {"ready": true}                                 or {"error": text}, after which the process ends
     <- {"rows": [{"src", "mt", "ref"}, ...]}        `ref` is left out for models that need none
     {"done": rows}                                  now and then
     {"scores": [float, ...]}                        or {"error": text}
@@ -43,7 +43,7 @@ def main() -> int:
         traceback.print_exc()
         tell(error=_one_line(error))
         return 1
-    tell(ready={"comet": scorer.version, "device": scorer.device})
+    tell(ready=True)
     while True:
         try:
             tell(scores=scorer.score(json.loads(requests.get())["rows"]))
@@ -63,13 +63,10 @@ class _Scorer:
 
     def __init__(self, checkpoint: str, device: str, dtype: str, tell: Any) -> None:
         tell(phase="start")
-        from importlib.metadata import version
-
         import torch
         from comet import download_model, load_from_checkpoint
 
         self.tell = tell
-        self.version = version("unbabel-comet")
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_float32_matmul_precision("high")
         if not os.path.exists(checkpoint):
