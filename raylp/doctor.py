@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from rich.text import Text
 
 from raylp import cluster
+from raylp.metrics.comet import comet_python, comet_version
 
 GIB = 2**30
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
@@ -59,7 +60,7 @@ def checks() -> list[Check]:
         check_bitsandbytes(stack),
         check_deepspeed(env, stack),
         check_compiler(),
-        check_comet(comet_python(env), installed),
+        check_comet(comet_python(env)),
         check_demo_model(installed),
         *check_machine(),
         check_logical_cpus(env),
@@ -215,23 +216,14 @@ def check_compiler() -> Check:
     return Check("compiler", None, f"no {', '.join(missing)}", "on Debian and Ubuntu: apt install g++ python3-dev")
 
 
-def comet_python(env: Mapping[str, str]) -> Path:
-    """The interpreter of COMET's environment: RAYLP_COMET_PYTHON, or .venv-comet beside this environment."""
-    return Path(env.get("RAYLP_COMET_PYTHON") or Path(sys.prefix).parent / ".venv-comet/bin/python")
-
-
-def check_comet(python: Path, installed: Mapping[str, str]) -> Check:
+def check_comet(python: Path) -> Check:
+    """Only COMET needs it; it runs in a process of its own, so any Python and any versions will do that COMET has."""
     if not python.exists():
         return Check("COMET", None, f"no {python}: chrF and BLEU only", "make comet")
-    packages = next(python.parent.parent.glob("lib/python3*/site-packages"), python)
-    versions = {name: next(packages.glob(f"{name}-*.dist-info"), None) for name in ("ray", "unbabel_comet")}
-    found = {name: path.name.removesuffix(".dist-info").split("-")[1] for name, path in versions.items() if path}
-    minor = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    if "unbabel_comet" not in found or found.get("ray") != installed.get("ray") or packages.parent.name != minor:
-        has = ", ".join(f"{name} {version}" for name, version in found.items()) or "neither ray nor COMET"
-        remedy = f"it needs this Python and ray {installed.get('ray')}: rm -r {python.parent.parent}, then make comet"
-        return Check("COMET", None, f"{packages.parent.name} with {has}", remedy)
-    return Check("COMET", True, f"{found['unbabel_comet']}, {python}")
+    version = comet_version(python)
+    if version is None:
+        return Check("COMET", None, f"{python} has no unbabel-comet", f"rm -r {python.parent.parent}, then make comet")
+    return Check("COMET", True, f"{version}, {python}")
 
 
 def check_demo_model(installed: Mapping[str, str]) -> Check:

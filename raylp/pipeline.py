@@ -19,6 +19,7 @@ from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
 from raylp.machine import machine, versions
+from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
 from raylp.progress import Reporter, heartbeat
@@ -95,6 +96,10 @@ def find_stage(recipe: Recipe, name: str) -> Stage:
 
 def open_context(recipe: Recipe, reporter: Reporter) -> Context:
     """Reads data and model's configuration, and refuses what could only fail later."""
+    rundir = RunDir(recipe.run_dir)
+    if recipe.evaluate is not None and not rundir.exists("evaluate.json"):
+        for name in recipe.evaluate.metrics:
+            check_metric(name)
     splits = read_splits(recipe)
     with reporter.task("model") as task, heartbeat(task):  # a first time it may be fetched or converted
         original = locate(recipe.model.name, recipe.model.revision, reporter.line)
@@ -112,7 +117,7 @@ def open_context(recipe: Recipe, reporter: Reporter) -> Context:
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if cluster.num_gpus() else "float32"
-    context = Context(recipe, RunDir(recipe.run_dir), splits, prompt, original, dtype, reporter)
+    context = Context(recipe, rundir, splits, prompt, original, dtype, reporter)
     check_model(context)
     return context
 

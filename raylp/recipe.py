@@ -170,7 +170,11 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
     model = recipe.model
     if model.name.startswith("."):
         model = model.model_copy(update={"name": str((base / model.name).resolve())})
-    return recipe.model_copy(update={"data": data, "model": model})
+    evaluate = recipe.evaluate
+    if evaluate is not None:
+        metrics = [str((base / name).resolve()) if name.startswith(".") else name for name in evaluate.metrics]
+        evaluate = evaluate.model_copy(update={"metrics": metrics})
+    return recipe.model_copy(update={"data": data, "model": model, "evaluate": evaluate})
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -10,6 +10,18 @@ import toy
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of COMET itself need its environment, which takes minutes to make."""
+    from raylp.metrics.comet import comet_python, comet_version
+
+    python = comet_python()
+    if comet_version(python) is None:
+        skip = pytest.mark.skip(reason=f"no COMET in {python}: make comet")
+        for item in items:
+            if item.get_closest_marker("comet"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray, as a run starts it."""

@@ -91,17 +91,16 @@ def test_a_wrong_accelerator_is_found() -> None:
     assert doctor.check_deepspeed({"DS_ACCELERATOR": "cpu"}, "gpu").ok is False
 
 
-def test_a_comet_environment_must_share_python_and_ray(tmp_path: Path) -> None:
+def test_a_comet_environment_is_optional_and_holds_comet(tmp_path: Path) -> None:
     python = doctor.comet_python({"RAYLP_COMET_PYTHON": str(tmp_path / "bin/python")})
-    assert doctor.check_comet(python, {"ray": "2.60.0"}).remedy == "make comet"
-    packages = tmp_path / f"lib/python3.{sys.version_info.minor}/site-packages"
-    for name in ("ray-2.60.0.dist-info", "unbabel_comet-2.2.7.dist-info"):
-        (packages / name).mkdir(parents=True)
+    absent = doctor.check_comet(python)
+    assert absent.ok is None and absent.remedy == "make comet"
     python.parent.mkdir()
     python.touch()
-    assert doctor.check_comet(python, {"ray": "2.60.0"}).ok
-    other = doctor.check_comet(python, {"ray": "2.61.0"})
-    assert other.ok is None and "ray 2.60.0" in other.found and "ray 2.61.0" in other.remedy
+    assert doctor.check_comet(python).ok is None
+    (tmp_path / "lib/python3.12/site-packages/unbabel_comet-2.2.7.dist-info").mkdir(parents=True)
+    there = doctor.check_comet(python)
+    assert there.ok and there.found.startswith("2.2.7, ")
 
 
 def test_a_remote_cluster_needs_its_token(tmp_path: Path) -> None:

@@ -589,6 +589,8 @@ def test_plots_have_text_and_no_drawing_of_nothing() -> None:
         (numbers.milliseconds(Stat(0.0523)), "0.052"),
         (numbers.score(Stat(0.8718), "wmt22-comet-da"), "0.872"),
         (numbers.score(Stat(87.18), "XCOMET-XL"), "87.2"),
+        (numbers.plus_minus(Stat(0.8512, 0.8432, 0.8592), "my-own-checkpoint"), "0.851 ±0.008"),
+        (numbers.score(Stat(0.8718), "chrF2++"), "0.9"),
         (numbers.difference(Stat(-0.04), "BLEU"), "0.0"),
         (numbers.difference(Stat(-1.26), "BLEU"), "−1.3"),
         (numbers.percent(0.9316), "93%"),

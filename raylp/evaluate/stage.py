@@ -1,19 +1,16 @@
 """Every model of a run translates every test set; scores, intervals, paired comparisons."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from raylp import cluster
 from raylp.context import Context
 from raylp.data.corpus import Pair, write_jsonl
-from raylp.data.languages import split_pair
 from raylp.evaluate.results import write_results
+from raylp.evaluate.scores import score_translations
 from raylp.generate.pool import Pool, num_workers
 from raylp.metrics.intervals import paired_difference, score_with_interval
-from raylp.metrics.ngram import Statistics, metric
+from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.progress import Task
@@ -43,12 +40,8 @@ def evaluate(context: Context) -> dict[str, Any]:
                 _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype)
         finally:
             pool.close()
-    statistics = {
-        (name, test_set, metric_name): _statistics(context, name, test_set, metric_name)
-        for name in models
-        for test_set in context.splits.test
-        for metric_name in recipe.metrics
-    }
+    statistics, metrics = score_translations(context, list(models), recipe.metrics)
+    names = [short_name(name) for name in recipe.metrics]
     context.rundir.write_json(
         "evaluate.json",
         {
@@ -59,9 +52,9 @@ def evaluate(context: Context) -> dict[str, Any]:
                     "scores": {
                         test_set: {
                             key: score_with_interval(
-                                _metric(context, test_set, key), statistics[name, test_set, key], recipe.resamples
+                                metrics[test_set, key], statistics[name, test_set, key], recipe.resamples
                             ).as_dict()
-                            for key in recipe.metrics
+                            for key in names
                         }
                         for test_set in context.splits.test
                     },
@@ -75,7 +68,7 @@ def evaluate(context: Context) -> dict[str, Any]:
                     "test_set": test_set,
                     "metric": key,
                     "difference": paired_difference(
-                        _metric(context, test_set, key),
+                        metrics[test_set, key],
                         statistics[a, test_set, key],
                         statistics[b, test_set, key],
                         recipe.resamples,
@@ -83,7 +76,7 @@ def evaluate(context: Context) -> dict[str, Any]:
                 }
                 for a, b in comparisons(list(models))
                 for test_set in context.splits.test
-                for key in recipe.metrics
+                for key in names
             ],
         },
     )
@@ -96,7 +89,7 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 
 def _values(scores: dict[str, Any]) -> dict[str, Any]:
-    return {name: {key: round(score["value"], 2) for key, score in each.items()} for name, each in scores.items()}
+    return {name: {key: round(score["value"], 4) for key, score in each.items()} for name, each in scores.items()}
 
 
 def comparisons(names: list[str]) -> list[tuple[str, str]]:
@@ -105,17 +98,6 @@ def comparisons(names: list[str]) -> list[tuple[str, str]]:
     pairs += [(a, "baseline") for a in names if a.startswith("pruned-")]
     pairs += [("baseline-healed", "baseline"), ("baseline", "original")]
     return [(a, b) for a, b in pairs if a in names and b in names]
-
-
-def _metric(context: Context, test_set: str, name: str) -> Any:
-    return metric(name, split_pair(context.splits.test[test_set][0].pair)[1])
-
-
-def _statistics(context: Context, model: str, test_set: str, metric_name: str) -> Statistics:
-    lines = context.rundir.read_text(f"translations/{model}/{test_set}.jsonl").splitlines()
-    rows = [json.loads(line) for line in lines]
-    chosen = _metric(context, test_set, metric_name)
-    return np.asarray(chosen.statistics([row["hypothesis"] for row in rows], [row["target"] for row in rows]))
 
 
 def _translate(

@@ -11,23 +11,28 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Statistics = NDArray[np.int64]
+Statistics = NDArray[Any]  # (sentences, counts) or (counts,), int64 or float64
 
 NAMES = ("chrF2++", "BLEU")
 
 
 class Metric(Protocol):
-    """Scores from additive statistics: `name` and `signature` as sacrebleu prints them."""
+    """Scores from additive statistics: `name` and `signature` as sacrebleu prints them, or COMET's."""
 
-    name: str
-    signature: str
+    @property
+    def name(self) -> str: ...
 
-    def statistics(self, hypotheses: Sequence[str], references: Sequence[str]) -> Statistics:
-        """(sentences, counts): one row for each hypothesis and its reference."""
+    @property
+    def signature(self) -> str: ...
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] = ()
+    ) -> Statistics:
+        """(sentences, counts), int64 or float64: one row for each hypothesis; what a metric does not need is unread."""
         ...
 
     def score(self, totals: Statistics) -> float:
-        """The corpus score, 0 to 100, from the (counts,) sum of rows."""
+        """The corpus score, on the metric's own scale, from the (counts,) sum of rows."""
         ...
 
 
@@ -42,7 +47,9 @@ class NgramMetric:
         self._metric.corpus_score(["a"], [["a"]])
         self.signature = str(self._metric.get_signature())
 
-    def statistics(self, hypotheses: Sequence[str], references: Sequence[str]) -> Statistics:
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] = ()
+    ) -> Statistics:
         rows = self._metric._extract_corpus_statistics(list(hypotheses), [list(references)])
         return np.asarray(rows, dtype=np.int64)
 

@@ -7,12 +7,13 @@ from raylp.report.contents import Stat, concurrency
 
 MINUS = "−"
 NONE = "–"
-# Metrics whose scale is 0 to 1: one decimal would hide every difference.
-_UNIT_SCALE = re.compile("comet|bleurt|bertscore", re.IGNORECASE)
+# Metrics whose scale is 0 to 100. Trained ones, COMET under any checkpoint's name, mostly go from 0 to 1, where one
+# decimal would hide every difference.
+_HUNDRED_SCALE = re.compile("chrf|bleu$|ter$|^$", re.IGNORECASE)
 
 
 def decimals(metric: str, value: float) -> int:
-    return 3 if _UNIT_SCALE.search(metric) and abs(value) <= 1.5 else 1
+    return 3 if not _HUNDRED_SCALE.search(metric) and abs(value) <= 1.5 else 1
 
 
 def fixed(value: float, digits: int = 1, sign: bool = False) -> str:
