@@ -38,7 +38,7 @@ def best(swept: dict[int, np.ndarray]) -> int:
 
 @pytest.mark.parametrize("family", toy.FAMILIES)
 def test_sweep_is_the_plain_way_to_the_bit(family: str) -> None:
-    """Three rounds: on the best layer's states, then on those before another layer, then after a removal out of order."""
+    """Three rounds: afresh, on the states of the best layer, and on those before a layer that was not the best."""
     scorer = scorer_for(family)
     plain = ForcedScorer(scorer.model, some_examples(), batch_size=BATCH)
     before = scorer.model.config.to_dict()
