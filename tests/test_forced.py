@@ -17,30 +17,32 @@ from raylp.search.forced import Cost, Example, ForcedScorer, examples_of, make_b
 BATCH = 4
 
 
-def some_examples(count: int = 10, vocabulary: int = 300) -> list[Example]:
-    """Prompts of 3 to 24 tokens and targets of 1 to 14: some rows are longer than the sliding window, some not."""
+def some_examples(count: int = 10, shared: int = 0) -> list[Example]:
+    """Prompts of 3 to 24 tokens behind `shared` equal ones, targets of 1 to 14; the sliding window is 16 tokens."""
     rng = random.Random(0)
 
     def tokens(most: int, least: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(3, vocabulary) for _ in range(rng.randint(least, most)))
+        return tuple(rng.randrange(3, 300) for _ in range(rng.randint(least, most)))
 
-    return [Example(tokens(24, 3), tokens(14, 1)) for _ in range(count)]
+    beginning = tokens(shared, shared)
+    return [Example(beginning + tokens(24, 3), tokens(14, 1)) for _ in range(count)]
 
 
-def scorer_for(family: str, **options: int) -> ForcedScorer:
+def scorer_for(family: str, shared: int = 0, **options: int) -> ForcedScorer:
     model = load_model(toy.tiny_random(family))
-    return ForcedScorer(model, some_examples(), **{"batch_size": BATCH, **options})
+    return ForcedScorer(model, some_examples(shared=shared), **{"batch_size": BATCH, **options})
 
 
 def best(swept: dict[int, np.ndarray]) -> int:
     return max(swept, key=lambda layer: (swept[layer][:, 0].sum(), -layer))
 
 
+@pytest.mark.parametrize("shared", [0, 9])
 @pytest.mark.parametrize("family", toy.FAMILIES)
-def test_sweep_is_the_plain_way_to_the_bit(family: str) -> None:
+def test_sweep_is_the_plain_way_to_the_bit(family: str, shared: int) -> None:
     """Three rounds: afresh, on the states of the best layer, and on those before a layer that was not the best."""
-    scorer = scorer_for(family)
-    plain = ForcedScorer(scorer.model, some_examples(), batch_size=BATCH)
+    scorer = scorer_for(family, shared)
+    plain = ForcedScorer(scorer.model, some_examples(shared=shared), batch_size=BATCH)
     before = scorer.model.config.to_dict()
     removed: tuple[int, ...] = ()
     for step in range(3):
@@ -57,13 +59,14 @@ def test_sweep_is_the_plain_way_to_the_bit(family: str) -> None:
     assert scorer.model.config.to_dict() == before
 
 
+@pytest.mark.parametrize("shared", [0, 9])
 @pytest.mark.parametrize("family", toy.FAMILIES)
-def test_score_is_transformers_own_loss(family: str) -> None:
-    scorer = scorer_for(family)
+def test_score_is_transformers_own_loss(family: str, shared: int) -> None:
+    scorer = scorer_for(family, shared)
     for removed in ((), (3, 1)):
         rows = scorer.score(removed)
         pruned = toy.without_layers(scorer.model, removed)
-        for example, (total, count) in zip(some_examples(), rows, strict=True):
+        for example, (total, count) in zip(some_examples(shared=shared), rows, strict=True):
             tokens = torch.tensor([example.prompt + example.target])
             labels = tokens.clone()
             labels[:, : len(example.prompt)] = -100
@@ -135,6 +138,14 @@ def test_what_is_spent_is_what_the_formulas_say() -> None:
     scorer.sweep((2,), [4, 1])
     assert scorer.spent == Cost(5, 1) + sweep_cost(5, [1, 3])
     assert list(scorer.sweep((2,), [5, 3])) == [5, 3]
+
+
+def test_what_prompts_begin_with_is_computed_once() -> None:
+    examples = some_examples(shared=9)
+    shared, whole = scorer_for("llama", 9), scorer_for("llama", 9, share_prefix=False)
+    assert whole.num_tokens - shared.num_tokens == 9 * (len(examples) - 1)
+    window = [(scorer_for("gemma2", length)).num_tokens for length in (15, 16)]
+    assert window[1] - window[0] > 15 * (len(examples) - 1)
 
 
 def test_batches_hold_examples_of_like_length() -> None:

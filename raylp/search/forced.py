@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from raylp.data.corpus import Pair
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
+from raylp.generate.base import common_prefix
 from raylp.models.stack import find_stack, text_config
 from raylp.models.view import check_removed, resumed, without_layers
 
@@ -29,6 +30,7 @@ Objective = Literal["likelihood", "agreement"]
 BATCH_SIZE = 16
 KEEP_BYTES = 1 << 30
 LOGITS_BYTES = 1 << 28
+LEAST_PREFIX = 8
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Batch:
     owners: Any
 
 
-def make_batches(examples: Sequence[Example], batch_size: int, device: Any) -> list[Batch]:
-    """`batch_size` examples of like length at a time; the same batches for the same examples."""
+def make_batches(examples: Sequence[Example], batch_size: int, device: Any, start: int = 0) -> list[Batch]:
+    """`batch_size` examples of like length at a time, without their first `start` tokens; always the same batches."""
     import torch
 
     def tensor(values: Any) -> Any:
@@ -112,19 +114,19 @@ def make_batches(examples: Sequence[Example], batch_size: int, device: Any) -> l
 
     order = sorted(range(len(examples)), key=lambda i: (examples[i].length, i))
     batches = []
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        longest = max(examples[i].length for i in numbers)
+    for done in range(0, len(order), batch_size):
+        numbers = order[done : done + batch_size]
+        longest = max(examples[i].length for i in numbers) - start
         tokens, places = [], []
         for row, i in enumerate(numbers):
             example = examples[i]
-            read = [*example.prompt, *example.target[:-1]]
+            read = [*example.prompt, *example.target[:-1]][start:]
             # Nothing looks at the padding; a word of the row itself is a word of every vocabulary, and never an image.
             tokens.append(read + read[-1:] * (longest - len(read)))
-            first = len(example.prompt) - 1
+            first = len(example.prompt) - 1 - start
             places += [(row, first + step, token, i) for step, token in enumerate(example.target)]
         rows, spots, targets, owners = zip(*places, strict=True)
-        ends = [examples[i].length - 1 for i in numbers]
+        ends = [examples[i].length - 1 - start for i in numbers]
         batches.append(
             Batch(numbers, tensor(tokens), tensor(ends), *(tensor(list(v)) for v in (rows, spots, targets, owners)))
         )
@@ -141,7 +143,10 @@ class ForcedScorer:
     the next sweep starts from them; and about three times `logits_bytes` for word probabilities, whatever the
     vocabulary.
 
-    `spent` counts what has been computed.
+    What all prompts begin with (the examples shown in them) is one row of its own in every pass, and its keys and
+    values serve all batches. Without `share_prefix`, or where a sliding window is shorter, every row computes it again.
+
+    `batches` are the examples whole, `spent` counts what has been computed.
 
     Raises:
         UserError: no examples, or an empty prompt or target.
@@ -154,6 +159,7 @@ class ForcedScorer:
         batch_size: int = BATCH_SIZE,
         keep_bytes: int = KEEP_BYTES,
         logits_bytes: int = LOGITS_BYTES,
+        share_prefix: bool = True,
     ) -> None:
         if not examples:
             raise UserError("no sentences to score: give the search some data")
@@ -166,14 +172,17 @@ class ForcedScorer:
         self.layers = list(model.get_submodule(stack.path))
         self.num_examples = len(examples)
         self.batches = make_batches(examples, batch_size, model.device)
-        self.num_tokens = sum(batch.tokens.numel() for batch in self.batches)
-        self.num_targets = sum(len(example.target) for example in examples)
         config = text_config(model)
+        shared = _shared_length(examples, config) if share_prefix else 0
+        self._prefix = self.batches[0].tokens[:1, :shared]
+        self._rests = make_batches(examples, batch_size, model.device, shared)
+        self.num_tokens = shared + sum(batch.tokens.numel() for batch in self._rests)
+        self.num_targets = sum(len(example.target) for example in examples)
         self.chunk = max(1, logits_bytes // (4 * config.vocab_size))
         self.spent = Cost()
         self._tuples = False
         self._room = keep_bytes // (self.num_tokens * config.hidden_size * model.dtype.itemsize)
-        # The state of every batch after some layers, by the layers that were run; the tokens, after none.
+        # By the layers that were run: the states after them, of the prefix (None without one) and of every batch.
         self._states: dict[tuple[int, ...], list[Any]] = {}
 
     @cached_property
@@ -262,31 +271,52 @@ class ForcedScorer:
         import torch
 
         self.spent += Cost(len(layers))
-        finals = []
         runs = {layer: (*start, *layers[: place + 1]) for place, layer in enumerate(layers) if layer in keep}
+        given = self._states[start] if start else [None] * (1 + len(self._rests))
         states: dict[tuple[int, ...], list[Any]] = {run: [] for run in runs.values()}
+        finals = []
         with torch.no_grad(), self._view(start, layers) as entry:
-            for number, batch in enumerate(self.batches):
-                given = self._states[start][number] if start else None
-                outputs: dict[int, Any] = {}
-                if layers:
-                    self._forward(batch, entry, given, [*runs, layers[-1]], outputs)
+            wanted = [*runs, *layers[-1:]]
+            prefix = self._cache(None, 1) if self._prefix.numel() and layers else None
+            first = self._forward(self._prefix, prefix, entry, given[0], wanted) if prefix is not None else {}
+            for layer, run in runs.items():
+                states[run].append(first.get(layer))
+            for batch, before in zip(self._rests, given[1:], strict=True):
+                cache = self._cache(prefix, len(batch.tokens)) if prefix is not None else None
+                outputs = self._forward(batch.tokens, cache, entry, before, wanted) if layers else {}
                 for layer, run in runs.items():
                     states[run].append(outputs[layer])
                 if project:
-                    finals.append((outputs[layers[-1]] if layers else given)[batch.rows, batch.places])
+                    finals.append((outputs[layers[-1]] if layers else before)[batch.rows, batch.places])
         return (torch.cat(finals) if project else None), states
 
-    def _forward(self, batch: Batch, entry: Any, given: Any, layers: Sequence[int], outputs: dict[int, Any]) -> None:
-        """One pass of the active view, from the states `given` if there is an `entry`; `outputs` gets `layers`'."""
-        if entry is not None:
-            entry.output = self._as_output(given)
+    def _forward(self, tokens: Any, cache: Any, entry: Any, before: Any, layers: Sequence[int]) -> dict[int, Any]:
+        """The outputs of `layers` in one pass of the active view, from the states `before` if there is an `entry`."""
+        outputs: dict[int, Any] = {}
 
-        def keep(layer: int, _: Any, states: Any) -> None:
+        def see(layer: int, _: Any, states: Any) -> None:
             outputs[layer] = states
 
-        with self.watching(layers, keep):
-            self.model.base_model(input_ids=batch.tokens, use_cache=False)
+        if entry is not None:
+            entry.output = self._as_output(before)
+        with self.watching(layers, see):
+            self.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        return outputs
+
+    def _cache(self, prefix: Any, rows: int) -> Any:
+        """A cache for the active view: empty, or with the keys and values of `prefix` in every row."""
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        for place, layer in enumerate(() if prefix is None else prefix.layers):
+            if layer.is_initialized:
+                cache.update(*(states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values)), place)
+            else:
+                # The entry has no keys, but positions and masks are counted from the first layer of the cache.
+                none = torch.zeros((rows, 1, self._prefix.shape[1], 1), device=self.model.device)
+                cache.update(none, none, place)
+        return cache
 
     @contextmanager
     def _view(self, start: tuple[int, ...], layers: Sequence[int]) -> Iterator[Any]:
@@ -374,6 +404,21 @@ class ForcedScorer:
         both = torch.stack([torch.cat(values).double().cpu(), torch.ones(self.num_targets, dtype=torch.double)], 1)
         rows = torch.zeros((self.num_examples, 2), dtype=torch.double).index_add_(0, self.owners, both)
         return rows.numpy()
+
+
+def _shared_length(examples: Sequence[Example], config: Any) -> int:
+    """How many tokens all prompts begin with that can be a row of their own, 0 for too few to be worth it.
+
+    A sliding cache drops what is outside its window, and positions beyond the original length may change the rotary
+    tables of all: then nothing is shared.
+    """
+    length = common_prefix([example.prompt for example in examples]) if len(examples) > 1 else 0
+    window = getattr(config, "sliding_window", None)
+    original = getattr(config, "original_max_position_embeddings", None)
+    outside = (window is not None and length >= window) or (
+        original is not None and max(example.length for example in examples) > original
+    )
+    return 0 if outside or length < LEAST_PREFIX else length
 
 
 def log_probabilities(logits: Any, targets: Any) -> Any:
