@@ -93,9 +93,7 @@ def resumed(model: Any, layers: Sequence[int]) -> Iterator[Any]:
 
 
 @contextmanager
-def _running(
-    model: Any, stack: LayerStack, kept: list[int], instead: Mapping[int, Any] | None = None
-) -> Iterator[None]:
+def _running(model: Any, stack: LayerStack, kept: list[int], instead: Mapping[int, Any] = {}) -> Iterator[None]:
     """Only the layers `kept`, in their order; `instead` has modules that stand in for some of them."""
     import torch
 
