@@ -16,7 +16,8 @@ from raylp.models.source import fingerprint, locate
 from raylp.models.stack import find_stack
 from raylp.models.view import check_removed, cut_config, without_layers
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gemma3", "cohere", "cohere2"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "mixtral", "phi3", "gemma2", "gemma3_text", "gemma3"]
+FAMILIES += ["cohere", "cohere2", "gpt2", "opt"]
 REMOVED = [3, 1]
 PROMPTS = ["gofa tize beru mopi =", "a rather longer prompt than the sliding window has room for =", "tize ="]
 

