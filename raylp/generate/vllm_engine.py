@@ -86,8 +86,15 @@ class VLLMGenerator:
             self._run([Request((self.tokenizer.eos_token_id or 0,), 1)])
             self._call("raylp_skip_layers", [])
 
-    def generate(self, requests: Sequence[Request], removed: Sequence[int] = ()) -> list[Output]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        removed: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Output]:
         """Greedy continuations without the layers `removed`, one for each request and in their order.
+
+        `drafts` are not used: the engine's own speculation knows no drafts from outside.
 
         Raises:
             UserError: a request is longer than `max_model_len`, or layers are to be left out of an engine that is not
