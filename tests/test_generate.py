@@ -52,10 +52,12 @@ def bad_drafts(right: Sequence[tuple[int, ...]], stop: int, seed: int = 0) -> di
     return {
         "wrong": noise,
         "too long": [row + row for row in right],
-        "right in part": [row[: i + 2] + other[i + 2 :] for i, (row, other) in enumerate(zip(right, noise, strict=True))],
-        "a word too many": [row[:3] + (9, 9) + row[3:] for row in right],
+        "right in part": [
+            row[: i + 2] + other[i + 2 :] for i, (row, other) in enumerate(zip(right, noise, strict=True))
+        ],
+        "a word too many": [(*row[:3], 9, 9, *row[3:]) for row in right],
         "a word missing": [row[:2] + row[4:] for row in right],
-        "stops inside": [row[:4] + (stop,) + row[4:] for row in right],
+        "stops inside": [(*row[:4], stop, *row[4:]) for row in right],
         "for some rows": [row if i % 2 else () for i, row in enumerate(right)],
         "none": [() for _ in right],
     }
@@ -94,7 +96,7 @@ def test_translations_with_drafts(toy_checkpoint: Path) -> None:
         generator.generate(asked, (), right[:1])
 
 
-def test_a_family_that_cannot_take_tokens_back_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_that_cannot_take_tokens_back_goes_without() -> None:
     """A recurrent layer's state cannot be rewound: the draft is left aside, and the output is the same."""
     from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
@@ -149,7 +151,9 @@ def test_a_draft_never_says_more_than_it_holds(draft: list[int], tokens: list[in
     st.integers(1, 8),
     st.one_of(st.none(), st.integers(1, 300)),
 )
-def test_batches_hold_every_request_within_the_bounds(sizes: list[tuple[int, int]], rows: int, slots: int | None) -> None:
+def test_batches_hold_every_request_within_the_bounds(
+    sizes: list[tuple[int, int]], rows: int, slots: int | None
+) -> None:
     requests = [Request((0,) * prompt, new) for prompt, new in sizes]
     found = batches(requests, rows, slots)
     assert sorted(i for batch in found for i in batch) == list(range(len(requests)))

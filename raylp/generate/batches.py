@@ -1,4 +1,4 @@
-"""Which requests are generated together. Depends on the requests and the bounds alone, so a block is always split alike."""
+"""Which requests are generated together: by the requests and the bounds alone, so a block is always split alike."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from raylp.generate.base import Request
 def batches(requests: Sequence[Request], rows: int, slots: int | None = None) -> list[list[int]]:
     """Indices of `requests` in batches of like length, shortest first.
 
-    `rows`: the most requests in a batch; `slots`: the most rows x tokens, each row as long as the longest prompt and the
-    longest bound in its batch (None: no bound). A request that is too long for `slots` is a batch of its own.
+    `rows`: the most requests in a batch; `slots`: the most rows x tokens, each row as long as the longest prompt and
+    the longest bound in its batch (None: no bound). A request that is too long for `slots` is a batch of its own.
     """
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].tokens), requests[i].max_new_tokens))
     found: list[list[int]] = []

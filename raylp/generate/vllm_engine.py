@@ -20,6 +20,7 @@ from raylp.models.view import check_removed
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
+GPU_MEMORY = 0.85  # share of a GPU's memory that an engine takes
 CPU_SEQUENCES = 64
 CPU_BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
 _OTHER_BACKEND = "use backend transformers"
@@ -46,7 +47,7 @@ class VLLMGenerator:
         newline: bool = True,
         max_model_len: int = 1024,
         skippable: bool = False,
-        gpu_memory_utilization: float = 0.85,
+        gpu_memory_utilization: float = GPU_MEMORY,
     ) -> None:
         import torch
 
