@@ -2,8 +2,8 @@
 
     python benchmarks/ray_overhead.py MODEL SOURCES --pair en-de --sentences 64 --remove 3 --remove 5
 
-MODEL: a checkpoint, as in a recipe (a directory, a hub id, `package:NAME`). SOURCES: text, one sentence a line. A unit is
-a block of sentences without one of the layers `--remove`. Both run every unit once to warm up, then take turns; the
+MODEL: a checkpoint, as in a recipe (a directory, a hub id, `package:NAME`). SOURCES: text, one sentence a line. A unit
+is a block of sentences without one of the layers `--remove`. Both run every unit once to warm up, then take turns; the
 figures are the medians over `--repeats`, and the ratio is Ray's time to that of this process.
 """
 

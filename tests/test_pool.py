@@ -15,6 +15,7 @@ import torch
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
 
 from raylp.errors import UserError
 from raylp.generate import schedule
@@ -25,6 +26,7 @@ from raylp.progress import Reporter, Task
 from raylp.recipe import Resources
 
 GB = 1e9
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 
 
 class Waiter(Worker):

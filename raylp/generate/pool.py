@@ -377,7 +377,10 @@ class Pool:
         except RayActorError as error:
             self._failed_starts += 1
             if self._failed_starts >= MAX_TRIES:
-                raise UserError(f"workers die as they start ({_first_line(error)}): see logs/ of the run", 1) from error
+                raise UserError(
+                    f"workers die as they start ({_last_line(error)}): see Ray's logs, and that this raylp is on every node",
+                    1,
+                ) from error
             self._replace(member)
         else:
             member.starting = None
@@ -422,3 +425,7 @@ def _kill(actor: Any) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
