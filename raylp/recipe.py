@@ -87,13 +87,16 @@ class PromptSection(Section):
 
 
 class Resources(Section):
-    """`workers`: resident models at a time in search and evaluate (auto: one a GPU, else one a core, up to 4).
+    """`workers`: resident models at a time in search and evaluate (auto: as many as fit on the GPUs, else one a core up
+    to 4).
 
+    `gpus_per_worker`: of each of them: 0.5 for two on a GPU, 2 for a model that needs two GPUs (auto: by its size).
     `address`: of a Ray cluster (default: $RAY_ADDRESS, else a Ray of its own on this machine).
     `cpus`: logical CPUs of such a Ray of its own; they may exceed the cores.
     """
 
     workers: int | Literal["auto"] = "auto"
+    gpus_per_worker: float | Literal["auto"] = Field("auto", gt=0)
     address: str | None = None
     cpus: int | None = Field(None, ge=1)
     gpus: int | None = Field(None, ge=0)

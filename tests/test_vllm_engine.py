@@ -19,12 +19,19 @@ Translate = Callable[..., list[Output]]
 
 
 @pytest.fixture(scope="module")
-def on_vllm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Translate]:
+def worker(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    import ray
+
+    worker = ray.remote(Worker).options(num_cpus=1).remote(1, True, str(tmp_path_factory.mktemp("logs")))
+    yield worker
+    ray.kill(worker)
+
+
+@pytest.fixture(scope="module")
+def on_vllm(worker: Any) -> Translate:
     """Outputs of a vLLM engine in a worker of its own; another model replaces the one before it."""
     import ray
     from ray.exceptions import RayTaskError
-
-    worker = ray.remote(Worker).options(num_cpus=1).remote(1, True, str(tmp_path_factory.mktemp("logs")))
 
     def translate(path: Path, requests: list[Request], removed: Any = (), skippable: bool = True) -> list[Output]:
         try:
@@ -32,8 +39,7 @@ def on_vllm(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         except RayTaskError as error:
             raise error.cause from None
 
-    yield translate
-    ray.kill(worker)
+    return translate
 
 
 def toy_requests(tokenizer: Any, count: int) -> list[Request]:
@@ -84,3 +90,19 @@ def test_every_form_of_layer(on_vllm: Translate, kind: str) -> None:
     requests = [Request(r.tokens, 10) for r in toy_requests(load_tokenizer(path), 4)]
     for removed in ((), (0, 3), (5,)):
         assert on_vllm(path, requests, removed) == on_transformers(path, requests, removed), removed
+
+
+@pytest.mark.slow
+def test_the_quicker_backend_is_chosen(worker: Any, toy_checkpoint: Path) -> None:
+    import ray
+
+    requests = toy_requests(load_tokenizer(toy_checkpoint), 4)
+    choice = ray.get(worker.choose_backend.remote(str(toy_checkpoint), "float32", requests, [(), (1,)]))
+    assert set(choice.seconds) == {"transformers", "vllm"} and not choice.problems
+    assert choice.backend == min(choice.seconds, key=choice.seconds.get) and f"{choice.backend} " in choice.text()
+
+    # vLLM refuses Qwen 2 with layers of two kinds.
+    mixed = toy.tiny_random("qwen2_sliding")
+    choice = ray.get(worker.choose_backend.remote(str(mixed), "float32", requests, [(), (1,)]))
+    assert choice.backend == "transformers" and list(choice.seconds) == ["transformers"]
+    assert "vLLM cannot load it" in choice.problems["vllm"] and "vllm cannot: " in choice.text()

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 LOOP_REPEATS = 4
 LOOP_SPAN = 12
 LOOP_PERIOD = 12
+REJOIN = 2  # tokens in which output and draft must agree for the draft to be believed again
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,17 @@ class Generator(Protocol):
     backend: str
     dtype: str
 
-    def generate(self, requests: Sequence[Request], removed: Sequence[int] = ()) -> list[Output]:
-        """Greedy continuations, one for each request and in their order."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        removed: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Output]:
+        """Greedy continuations, one for each request and in their order.
+
+        `drafts`: for each request the tokens its output is thought to have (the parent model's, say; empty for none). A
+        backend may use them to be quicker; the output is that without them, but for what rounding does to a near-tie.
+        """
         ...
 
 
@@ -73,6 +83,22 @@ def loops(tokens: Sequence[int]) -> bool:
         if all(tail[i] == tail[i - period] for i in range(period, span)):
             return True
     return False
+
+
+def continuation(draft: Sequence[int], tokens: Sequence[int], most: int) -> list[int]:
+    """At most `most` tokens that `draft` says will follow `tokens`.
+
+    While `tokens` are the draft's beginning, they are what comes next in it. Later the draft is taken up again where it
+    has the last two of `tokens`, at the place nearest to their own.
+    """
+    if most < 1 or not draft:
+        return []
+    place = len(tokens)
+    if list(draft[:place]) != list(tokens):
+        last = list(tokens[-REJOIN:])
+        places = [i for i in range(REJOIN, len(draft)) if list(draft[i - REJOIN : i]) == last]
+        place = min(places, key=lambda i: abs(i - len(tokens)), default=len(draft))
+    return list(draft[place : place + most])
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -4,37 +4,65 @@ import contextlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raylp import cluster
 from raylp.errors import UserError
+from raylp.generate.auto import Choice, choose_backend, close
 from raylp.generate.base import Generator, Output, Request
+from raylp.generate.layout import CPU_BYTES, Layout, on_cpus, on_gpus
+from raylp.generate.schedule import Pace, most_copies
 from raylp.progress import Task
 from raylp.recipe import Resources
 
 MAX_TRIES = 3
 IN_FLIGHT = 2  # one unit in work and one waiting, so that a worker is never idle between two
 BEAT_S = 2.0
-WORKER_BYTES = 1.2e9  # interpreter, libraries, activations and cache of a worker with a small model
+START_S = 600.0  # a cluster without one worker that is up for so long has no place for any
+WORKER_BYTES = CPU_BYTES
 
 
 def make_generator(
-    path: Path, backend: str, dtype: str, newline: bool, batch_size: int = 16, skippable: bool = False
+    path: Path,
+    backend: str,
+    dtype: str,
+    newline: bool,
+    batch_size: int | None = None,
+    skippable: bool = False,
+    gpus: float = 1.0,
 ) -> Generator:
-    """The model in `path`, resident in this process."""
-    if backend == "vllm":
-        from raylp.generate.vllm_engine import VLLMGenerator
+    """The model in `path`, resident in this process, which may use `gpus` GPUs or that share of one.
 
-        return VLLMGenerator(path, dtype, newline=newline, skippable=skippable)
+    Raises:
+        UserError: the backend cannot load the model, or not onto several GPUs.
+    """
+    if backend == "vllm":
+        from raylp.generate.vllm_engine import GPU_MEMORY, VLLMGenerator
+
+        if gpus > 1:
+            raise UserError(f"model {path}: an engine of vLLM in a worker has one GPU: use backend transformers")
+        share = GPU_MEMORY * (gpus or 1.0)
+        return VLLMGenerator(path, dtype, newline=newline, skippable=skippable, gpu_memory_utilization=share)
     import torch
 
     from raylp.generate.transformers_view import TransformersGenerator
     from raylp.models.load import load_model, load_tokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TransformersGenerator(load_model(path, dtype, device), load_tokenizer(path), newline, batch_size)
+    several = torch.cuda.device_count() > 1 and gpus > 1
+    model = load_model(path, dtype, "cuda" if torch.cuda.is_available() and not several else "cpu")
+    if several:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        # Weights first lie in the file's memory map; whole layers then go to each GPU.
+        whole = list(model._no_split_modules or [])
+        memory = get_balanced_memory(model, no_split_module_classes=whole)
+        model = dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=whole))
+    return TransformersGenerator(model, load_tokenizer(path), newline, batch_size)
 
 
 class Worker:
@@ -49,6 +77,7 @@ class Worker:
         self.log.mkdir(parents=True, exist_ok=True)
         self.loaded: tuple[Any, ...] | None = None
         self.generator: Generator | None = None
+        self.gpus = _gpus_of_this_actor()
 
     def pid(self) -> int:
         return os.getpid()
@@ -61,115 +90,342 @@ class Worker:
         requests: Sequence[Request],
         removed: Sequence[int] = (),
         skippable: bool = False,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Output], float]:
         """Outputs, and the seconds they took without loading."""
         wanted = (path, backend, dtype, skippable)
         if self.loaded != wanted:
-            if self.generator is not None and hasattr(self.generator, "close"):
-                self.generator.close()
-            self.generator = None
-            self.generator = make_generator(Path(path), backend, dtype, self.newline, skippable=skippable)
+            self._unload()
+            self.generator = make_generator(
+                Path(path), backend, dtype, self.newline, skippable=skippable, gpus=self.gpus
+            )
             self.loaded = wanted
         assert self.generator is not None
         with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
             stream.write(json.dumps({"path": path, "removed": list(removed), "sentences": len(requests)}) + "\n")
         started = time.perf_counter()
-        outputs = self.generator.generate(requests, removed)
+        outputs = self.generator.generate(requests, removed, drafts)
         return outputs, time.perf_counter() - started
 
+    def choose_backend(
+        self, path: str, dtype: str, requests: Sequence[Request], removed_sets: Sequence[Sequence[int]]
+    ) -> Choice:
+        """The quicker backend for these sentences and views, timed in this worker. See `raylp.generate.auto`."""
+        self._unload()
 
-def num_workers(resources: Resources, weights_bytes: float) -> int:
-    """How many resident models: as asked, else one a GPU, or one for each core of a CPU up to 4 as memory allows."""
+        def load(backend: str) -> Generator:
+            skippable = backend == "vllm" and any(removed_sets)
+            return make_generator(Path(path), backend, dtype, self.newline, skippable=skippable, gpus=self.gpus)
+
+        return choose_backend(load, requests, removed_sets)
+
+    def _unload(self) -> None:
+        if self.generator is not None:
+            close(self.generator)
+        self.generator = self.loaded = None
+
+
+def _gpus_of_this_actor() -> float:
+    """GPUs, or the share of one, that Ray gave to the actor this runs in; 1 outside of Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        return 1.0
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
+
+
+def plan_workers(resources: Resources, weights_bytes: float) -> Layout:
+    """How many resident models of `weights_bytes`, and the GPUs of each: as the recipe says, else what fits.
+
+    Several small models share a GPU; a model larger than a GPU takes several of one node.
+
+    Raises:
+        UserError: the cluster has not what was asked, or no place for the model; with the numbers.
+    """
     import psutil
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    room = psutil.virtual_memory().available
-    if resources.workers != "auto":
-        cluster.require(f"resources.workers: {resources.workers}", resources.workers)
-        needed = weights_bytes + resources.workers * WORKER_BYTES
-        if gpus == 0 and needed > room:
-            raise UserError(
-                f"{resources.workers} workers need about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are "
-                f"free: lower resources.workers or close other programs"
-            )
-        return resources.workers
-    if gpus:
-        return gpus
-    if weights_bytes + WORKER_BYTES > room:
-        raise UserError(
-            f"the model needs about {(weights_bytes + WORKER_BYTES) / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are "
-            f"free: close other programs or take a smaller model"
-        )
-    return int(max(1, min(cluster.cores(), 4, (room - weights_bytes) // WORKER_BYTES)))
+    asked = None if resources.workers == "auto" else resources.workers
+    gpus = [node["Resources"]["GPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    if asked is not None:
+        cluster.require(f"resources.workers: {asked}", asked)
+    if not gpus:
+        if resources.gpus_per_worker != "auto":
+            raise UserError("resources.gpus_per_worker: the Ray cluster has no GPU: leave it out")
+        return on_cpus(cluster.cores(), psutil.virtual_memory().available, weights_bytes, asked)
+    share = None if resources.gpus_per_worker == "auto" else resources.gpus_per_worker
+    found = on_gpus(gpus, _gpu_bytes(), weights_bytes, asked, share)
+    return Layout(min(found.workers, max(1, int(ray.cluster_resources().get("CPU", 1)))), found.gpus)
+
+
+def num_workers(resources: Resources, weights_bytes: float) -> int:
+    """How many resident models; see `plan_workers`."""
+    return plan_workers(resources, weights_bytes).workers
+
+
+def _gpu_bytes() -> int:
+    """Memory of one of the cluster's GPUs; they are taken to be alike."""
+    import ray
+
+    def ask() -> int:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    return ask() if cluster.num_gpus() else int(ray.get(ray.remote(ask).options(num_gpus=0.01).remote()))
+
+
+@dataclass(eq=False)
+class _Member:
+    """A worker. `starting` is there until it is up; `queue`: its calls in order, the first in work since `since`."""
+
+    actor: Any
+    starting: Any
+    queue: list[Any] = field(default_factory=list)
+    since: float = 0.0
+
+
+@dataclass(eq=False)
+class _Job:
+    """A unit on its way. `flying`: in how many queues it is; `tries`: how many workers have died over it."""
+
+    unit: Any
+    cost: float
+    flying: int = 0
+    tries: int = 0
+    helped: bool = False
+    over: bool = False
 
 
 class Pool:
-    """`size` workers of the class `kind`, which share the machine's cores (or GPUs) evenly."""
+    """Workers of the class `kind`. `size`: how many, or a `Layout`; a mere number shares GPUs and cores evenly.
 
-    def __init__(self, size: int, newline: bool, log: Path, kind: type[Worker] = Worker) -> None:
+    `cpus`: logical CPUs of each. `copies` counts the units that were given to a second worker.
+    """
+
+    def __init__(
+        self, size: int | Layout, newline: bool, log: Path, kind: type[Worker] = Worker, cpus: float = 1.0
+    ) -> None:
         import ray
 
-        gpus = ray.cluster_resources().get("GPU", 0)
-        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0}
-        if gpus:
-            options["num_gpus"] = min(1.0, gpus / size)
-        threads = max(1, cluster.cores() // size)
-        self._start: Callable[[], Any] = lambda: ray.remote(kind).options(**options).remote(threads, newline, str(log))
-        self.workers = [self._start() for _ in range(size)]
+        if isinstance(size, int):
+            size = Layout(size, min(1.0, ray.cluster_resources().get("GPU", 0) / size))
+        options: dict[str, Any] = {"num_cpus": cpus, "max_restarts": 0}
+        if size.gpus:
+            options["num_gpus"] = size.gpus
+        threads = max(1, cluster.cores() // size.workers)
+        self._new: Callable[[], Any] = lambda: ray.remote(kind).options(**options).remote(threads, newline, str(log))
+        self._members = [self._start() for _ in range(size.workers)]
+        self._flying: dict[Any, tuple[_Member, _Job]] = {}
+        self._failed_starts = 0
+        self._last_up = time.monotonic()
+        self.copies = 0
 
-    def run(self, units: Iterable[Any], submit: Callable[[Any, Any], Any], task: Task) -> Iterator[tuple[Any, Any]]:
+    @property
+    def workers(self) -> list[Any]:
+        """The actors, those that are still starting included."""
+        return [member.actor for member in self._members]
+
+    def run(
+        self,
+        units: Iterable[Any],
+        submit: Callable[[Any, Any], Any],
+        task: Task,
+        cost: Callable[[Any], float] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
         """Yields (unit, result) as they finish. `submit(worker, unit)` makes the remote call.
 
-        A unit whose worker dies goes to a new worker, three times at most.
+        `cost`: how long a unit should take, in any measure; the longest go first. A unit whose worker or node dies goes
+        to another worker, three times at most. A unit that takes much longer than it should, while a worker is idle, is
+        given to that one too, and the first result counts; see `raylp.generate.schedule` for when, and how often.
 
         Raises:
-            UserError: a unit's worker died three times.
+            UserError: a unit's worker died three times, or no worker comes up.
         """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
 
-        waiting = list(units)[::-1]
-        flying: dict[Any, tuple[Any, Any]] = {}
-        tries: dict[int, int] = {}
-        while waiting or flying:
-            for worker in self.workers:
-                while waiting and sum(w is worker for w, _ in flying.values()) < IN_FLIGHT:
-                    unit = waiting.pop()
-                    flying[submit(worker, unit)] = (worker, unit)
-            ready, _ = ray.wait(list(flying), num_returns=1, timeout=BEAT_S)
-            if not ready:
-                task.beat()
-            for reference in ready:
-                worker, unit = flying.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except RayActorError as error:
-                    tries[id(unit)] = tries.get(id(unit), 0) + 1
-                    if tries[id(unit)] >= MAX_TRIES:
-                        raise UserError(
-                            f"a worker died {MAX_TRIES} times over the same sentences ({_first_line(error)}): most "
-                            f"often memory is short; lower resources.workers",
-                            1,
-                        ) from error
-                    if worker in self.workers:
-                        self.workers[self.workers.index(worker)] = self._start()
-                    waiting.append(unit)
-                except RayTaskError as error:
-                    if isinstance(error.cause, UserError):
-                        raise error.cause from error
-                    raise
-                else:
-                    yield unit, result
+        jobs = [_Job(unit, cost(unit) if cost else 1.0) for unit in units]
+        waiting = deque(sorted(jobs, key=lambda job: -job.cost))
+        pace, left, copies = Pace(), len(jobs), most_copies(len(jobs))
+        try:
+            while left:
+                self._hand_out(waiting, submit)
+                if not waiting:
+                    copies -= self._help_stragglers(pace, submit, waiting, copies)
+                starting = [member.starting for member in self._members if member.starting is not None]
+                ready, _ = ray.wait([*starting, *self._flying], num_returns=1, timeout=BEAT_S)
+                if not ready:
+                    task.beat()
+                self._check_started()
+                for reference in ready:
+                    if reference not in self._flying:
+                        self._up(reference)
+                        continue
+                    member, job = self._flying[reference]
+                    seconds = self._leave(reference)
+                    result = self._result(reference, member, job, waiting)
+                    if result is not None and not job.over:
+                        job.over = True
+                        left -= 1
+                        pace.done(job.cost, seconds)
+                        self._cancel(job)
+                        yield job.unit, result[0]
+        finally:
+            for job in jobs:  # what nobody waits for any more
+                job.over = True
+                self._cancel(job)
 
-    def close(self) -> None:
+    def _start(self) -> _Member:
+        actor = self._new()
+        return _Member(actor, actor.pid.remote())
+
+    def _hand_out(self, waiting: deque[_Job], submit: Callable[[Any, Any], Any]) -> None:
+        """Every worker that is up gets a unit; a second one behind it only while enough are left for all."""
+        for depth in range(IN_FLIGHT):
+            for member in self._members:
+                enough = waiting and (depth == 0 or len(waiting) > len(self._members))
+                if enough and member.starting is None and len(member.queue) == depth:
+                    self._give(member, waiting.popleft(), submit)
+
+    def _give(self, member: _Member, job: _Job, submit: Callable[[Any, Any], Any]) -> None:
+        reference = submit(member.actor, job.unit)
+        if not member.queue:
+            member.since = time.monotonic()
+        member.queue.append(reference)
+        job.flying += 1
+        self._flying[reference] = (member, job)
+
+    def _help_stragglers(self, pace: Pace, submit: Callable[[Any, Any], Any], waiting: deque[_Job], most: int) -> int:
+        """Gives late units to idle workers too (at most `most`; how many). What is queued behind them waits anew."""
         import ray
 
-        for worker in self.workers:
-            with contextlib.suppress(Exception):
-                ray.kill(worker)
-        self.workers = []
+        now = time.monotonic()
+        idle = [member for member in self._members if member.starting is None and not member.queue]
+        given = 0
+        for member in self._members if idle else []:
+            jobs = [self._flying[reference][1] for reference in member.queue]
+            if not jobs or not pace.late(jobs[0].cost, now - member.since):
+                continue
+            if idle and given < most and not jobs[0].helped and not jobs[0].over:
+                jobs[0].helped = True
+                self._give(idle.pop(), jobs[0], submit)
+                given += 1
+            for reference, job in zip(member.queue[1:], jobs[1:], strict=True):
+                if not job.helped and not job.over:
+                    job.helped = True
+                    ray.cancel(reference)  # it says so only when its turn comes, so nobody waits for the answer
+                    waiting.append(job)
+        self.copies += given
+        return given
+
+    def _leave(self, reference: Any) -> float:
+        """The call is no longer with its worker; seconds that it was in work there."""
+        member, job = self._flying.pop(reference)
+        now = time.monotonic()
+        seconds = now - member.since
+        if member.queue[0] == reference:
+            member.since = now
+        member.queue.remove(reference)
+        job.flying -= 1
+        return seconds
+
+    def _result(self, reference: Any, member: _Member, job: _Job, waiting: deque[_Job]) -> tuple[Any] | None:
+        """What the call gave; None where its worker died, and the unit waits again unless another has it."""
+        import ray
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
+
+        try:
+            return (ray.get(reference),)
+        except TaskCancelledError:
+            return None  # nobody waits for it
+        except (RayActorError, ObjectLostError) as error:
+            self._replace(member)
+            job.tries += 1
+            if job.over or job.flying or job in waiting:
+                return None
+            if job.tries >= MAX_TRIES:
+                raise UserError(
+                    f"a worker died {MAX_TRIES} times over the same sentences ({_first_line(error)}): most "
+                    f"often memory is short; lower resources.workers",
+                    1,
+                ) from error
+            waiting.appendleft(job)
+            return None
+        except RayTaskError as error:
+            if job.over:
+                return None
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
+
+    def _replace(self, member: _Member) -> None:
+        """A new worker instead of a dead one; it gets units once it is up, which on a smaller cluster may be never."""
+        if member in self._members:
+            _kill(member.actor)
+            self._members[self._members.index(member)] = self._start()
+
+    def _up(self, reference: Any) -> None:
+        """A worker has answered for the first time, or died before it could."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        member = next((member for member in self._members if member.starting == reference), None)
+        if member is None:
+            return
+        try:
+            ray.get(reference)
+        except RayActorError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_TRIES:
+                raise UserError(
+                    f"workers die as they start ({_last_line(error)}): see Ray's logs, and that this raylp is on every node",
+                    1,
+                ) from error
+            self._replace(member)
+        else:
+            member.starting = None
+            self._failed_starts = 0
+
+    def _check_started(self) -> None:
+        import ray
+
+        now = time.monotonic()
+        if any(member.starting is None for member in self._members):
+            self._last_up = now
+        elif now - self._last_up > START_S:
+            there = {key: ray.available_resources().get(key, 0) for key in ("CPU", "GPU")}
+            raise UserError(
+                f"no worker has come up in {START_S:.0f} s; the cluster has {there['CPU']:g} CPUs and {there['GPU']:g} "
+                f"GPUs free: end other work on it, or lower resources.workers or resources.gpus_per_worker",
+                1,
+            )
+
+    def _cancel(self, job: _Job) -> None:
+        """Takes the unit out of the queues it still is in; a worker that is already at it goes on to its end."""
+        import ray
+
+        if job.flying:
+            for reference, (member, other) in self._flying.items():
+                if other is job and reference != member.queue[0]:
+                    ray.cancel(reference)
+
+    def close(self) -> None:
+        for member in self._members:
+            _kill(member.actor)
+        self._members = []
+        self._flying = {}
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    with contextlib.suppress(Exception):
+        ray.kill(actor)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,54 +1,113 @@
 """Greedy generation by transformers, on the model in memory or a view of it without some layers.
 
-Four things make it quick: the prompts' common beginning is computed once for the whole call; batches hold prompts of
-like length; rows leave the batch when they end; and rows that ramble or repeat themselves are stopped.
+Five things make it quick: the prompts' common beginning is computed once for the whole call; batches hold prompts of
+like length, as many as memory allows; rows leave the batch when they end; rows that ramble or repeat themselves are
+stopped; and a draft of the output is checked several tokens at a time instead of being generated one by one.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from raylp.generate.base import Output, Request, StopRule, common_prefix, stop_rule, to_output
+from raylp.generate.base import Output, Request, StopRule, common_prefix, continuation, stop_rule, to_output
+from raylp.generate.batches import batches
+from raylp.models.load import kv_per_token
 from raylp.models.stack import text_config
 from raylp.models.view import without_layers
 
+# Tokens a forward computes at little more than the price of one, since reading the weights takes as long: drafts are
+# checked within it. Measured for 2 cores and float32; a data-centre GPU computes 200 to 300 operations for every byte.
+STEP_TOKENS = {"cpu": 8, "cuda": 256}
+ROWS = {"cpu": 16, "cuda": 256}
+MEMORY_SHARE = 0.8  # of a GPU, for weights and caches together
+
 
 class TransformersGenerator:
-    """See `raylp.generate.base.Generator`. `batch_size`: rows at a time."""
+    """See `raylp.generate.base.Generator`.
+
+    `batch_size`: rows at a time at most (default: 16 on a CPU; on a GPU 256 as far as its memory allows).
+    `step_tokens`: tokens of all rows that one forward may take to check drafts (default: by the kind of device).
+    """
 
     backend = "transformers"
 
-    def __init__(self, model: Any, tokenizer: Any, newline: bool = True, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        newline: bool = True,
+        batch_size: int | None = None,
+        step_tokens: int | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.newline = newline
-        self.batch_size = batch_size
+        kind = model.device.type
+        self.batch_size = batch_size or ROWS.get(kind, ROWS["cpu"])
+        self.step_tokens = step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cpu"])
+        self.max_slots = _max_slots(model)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.rule = stop_rule(tokenizer, [text_config(model), model.generation_config], newline)
         # The last position of several rows is a strided view, which torch projects row by row, reading the whole
         # vocabulary matrix for each (4 times slower for 16 rows and 262,144 words); contiguous rows are one product.
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
-    def generate(self, requests: Sequence[Request], removed: Sequence[int] = ()) -> list[Output]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        removed: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Output]:
         import torch
 
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].tokens), requests[i].max_new_tokens))
+        given = list(drafts) if drafts is not None else [()] * len(requests)
+        if len(given) != len(requests):
+            raise ValueError(f"{len(given)} drafts for {len(requests)} requests")
         outputs: dict[int, Output] = {}
         with torch.inference_mode(), without_layers(self.model, removed):
             prefix = _Prefix(self.model, [request.tokens for request in requests])
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                tokens = _greedy(self.model, prefix, [requests[i] for i in batch], self.rule)
-                for i, (row, finish) in zip(batch, tokens, strict=True):
+            for batch in batches(requests, self.batch_size, self.max_slots):
+                chosen = [requests[i] for i in batch]
+                made = _greedy(self.model, prefix, chosen, [given[i] for i in batch], self.rule, self.step_tokens)
+                for i, (row, finish) in zip(batch, made, strict=True):
                     outputs[i] = to_output(self.tokenizer, row, finish, self.newline)
         return [outputs[i] for i in range(len(requests))]
+
+
+def _max_slots(model: Any) -> int | None:
+    """Slots (rows x tokens) whose keys and values fit into a GPU beside the weights; None on a CPU.
+
+    Counted from the whole of the GPU's memory, not from what is free: equal machines then make equal batches.
+    """
+    if model.device.type != "cuda":
+        return None
+    import torch
+
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    room = MEMORY_SHARE * sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return max(1, int((room - weights) // (kv_per_token(text_config(model)) * model.dtype.itemsize)))
+
+
+def _new_cache(model: Any, rewindable: bool) -> Any:
+    """An empty cache for the view that is active. A rewindable one keeps what sliding windows have left behind."""
+    from transformers import DynamicCache
+
+    return DynamicCache() if rewindable else DynamicCache(config=model.config)
+
+
+def _rewinds(model: Any) -> bool:
+    """Whether tokens can be taken back: every layer keeps keys and values, and its mask is a plain or sliding one."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    plain = {DynamicLayer, DynamicSlidingWindowLayer}
+    chunked = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
+    return not chunked and all(type(layer) in plain for layer in _new_cache(model, False).layers)
 
 
 class _Prefix:
     """Keys and values of the tokens that all prompts begin with, computed once (batch of one)."""
 
     def __init__(self, model: Any, prompts: list[tuple[int, ...]]) -> None:
-        from transformers import DynamicCache
-
         self.model = model
         self.length = common_prefix(prompts) if len(prompts) > 1 else 0
         self.layers: list[tuple[Any, Any]] = []
@@ -60,28 +119,25 @@ class _Prefix:
             return
         import torch
 
-        cache = DynamicCache(config=model.config)
+        cache = _new_cache(model, False)
         tokens = torch.tensor([prompts[0][: self.length]], device=model.device)
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
 
-    def cache(self, padding: list[int]) -> Any:
-        """A cache of `self.length` slots for rows that are padded on the left by `padding` tokens each.
+    def fill(self, cache: Any, padding: list[int]) -> None:
+        """Fills `cache` with `self.length` slots for rows that are padded on the left by `padding` tokens each.
 
         Row r holds `padding[r]` empty slots and then the prefix without its last `padding[r]` tokens: what is missing
         is computed again with the rest of the prompt, so that all rows are as long as the longest.
         """
         import torch
-        from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
         for index, (keys, values) in enumerate(self.layers):
             cache.update(
                 torch.cat([_shift(keys, count) for count in padding]),
                 torch.cat([_shift(values, count) for count in padding]),
                 index,
             )
-        return cache
 
 
 def _shift(states: Any, count: int) -> Any:
@@ -91,53 +147,114 @@ def _shift(states: Any, count: int) -> Any:
     return torch.nn.functional.pad(states[:, :, : states.shape[2] - count], (0, 0, count, 0))
 
 
-def _greedy(model: Any, prefix: _Prefix, requests: list[Request], rule: StopRule) -> list[tuple[tuple[int, ...], str]]:
+def _realign(cache: Any, rows: list[int], ends: list[int], lengths: list[int]) -> None:
+    """Keeps the rows `rows` of the cache; each ends at slot `ends` (exclusive) and holds `lengths` tokens before it.
+
+    What lies behind a row's end is dropped and the row moved right, so that all rows end together again and padding is
+    on the left only: positions and sliding windows are those of a single sentence.
+    """
     import torch
 
+    width = max(lengths)
+    slots = (torch.tensor(ends)[:, None] - width + torch.arange(width)).clamp(min=0)
+    index = torch.tensor(rows)[:, None]
+    for layer in cache.layers:
+        rows_here, slots_here = index.to(layer.keys.device), slots.to(layer.keys.device)
+        layer.keys = layer.keys[rows_here, :, slots_here].transpose(1, 2)
+        layer.values = layer.values[rows_here, :, slots_here].transpose(1, 2)
+
+
+def _greedy(
+    model: Any,
+    prefix: _Prefix,
+    requests: list[Request],
+    drafts: list[Sequence[int]],
+    rule: StopRule,
+    step_tokens: int,
+) -> list[tuple[tuple[int, ...], str]]:
+    """Tokens and why they end, for each request of one batch.
+
+    A step feeds every row its last token and what its draft says next, and takes from the row the tokens that the model
+    says itself: the draft's as far as they are the same, and one more. So drafts change the time, not the tokens.
+    """
+    import torch
+
+    drafted = any(drafts) and _rewinds(model)
     longest = max(len(request.tokens) for request in requests)
     padding = [longest - len(request.tokens) for request in requests]
     shared = prefix.length if max(padding) < prefix.length else 0
-    rows = [[0] * count + list(request.tokens) for count, request in zip(padding, requests, strict=True)]
-    device = model.device
-    mask = torch.tensor([[0] * count + [1] * (longest - count) for count in padding], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = _new_cache(model, drafted)
     if shared:
-        cache = prefix.cache(padding)
-    else:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=model.config)
-    inputs = torch.tensor(rows, device=device)[:, shared:]
-    position_ids = positions[:, shared:]
+        prefix.fill(cache, padding)
+    device = model.device
     alive = list(range(len(requests)))
     generated: list[list[int]] = [[] for _ in requests]
     finish = ["length"] * len(requests)
+    # What each living row is fed: the rest of its prompt at first, its last token later; `known` slots are before.
+    feed = [([0] * count + list(r.tokens))[shared:] for count, r in zip(padding, requests, strict=True)]
+    known = shared
     while alive:
+        proposed: list[list[int]] = [[] for _ in alive]
+        if drafted:
+            most = step_tokens // len(alive) - 1
+            proposed = [
+                continuation(drafts[row], generated[row], min(most, _left(requests[row], generated[row]) - 1))
+                for row in alive
+            ]
+        width = max(map(len, proposed))
+        # The shorter proposals are filled up; what comes of the filling is not looked at.
+        inputs = [fed + more + [0] * (width - len(more)) for fed, more in zip(feed, proposed, strict=True)]
+        lengths = [len(requests[row].tokens) + len(generated[row]) for row in alive]
+        total = known + len(feed[0])
+        empty = torch.tensor([total - length for length in lengths])[:, None]
+        slots = torch.arange(total + width)
+        ends = torch.tensor([length + len(more) for length, more in zip(lengths, proposed, strict=True)])[:, None]
+        positions = (slots - empty).clamp(min=0).minimum(ends - 1)
         logits = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=position_ids,
+            input_ids=torch.tensor(inputs, device=device),
+            attention_mask=(slots >= empty).long().to(device),
+            position_ids=positions[:, known:].to(device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+            logits_to_keep=width + 1,
+        ).logits[:, -width - 1 :]
         chosen = logits.argmax(-1).tolist()
-        going = []
-        for slot, (row, token) in enumerate(zip(alive, chosen, strict=True)):
-            generated[row].append(token)
+        going, taken = [], []
+        for slot, row in enumerate(alive):
+            count = _take(chosen[slot], proposed[slot], generated[row], rule)
             reason = rule.finished(generated[row])
             if reason:
                 finish[row] = reason
-            elif len(generated[row]) < requests[row].max_new_tokens:
+            elif _left(requests[row], generated[row]) > 0:
                 going.append(slot)
+                taken.append(count)
         if not going:
             break
-        position_ids = position_ids[:, -1:] + 1
-        inputs = torch.tensor(chosen, device=device)[:, None]
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
-            mask, position_ids, inputs = mask[keep], position_ids[keep], inputs[keep]
-            alive = [alive[slot] for slot in going]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
+        alive = [alive[slot] for slot in going]
+        feed = [[generated[row][-1]] for row in alive]
+        known = total + width
+        if width:
+            lengths = [lengths[slot] + count - 1 for slot, count in zip(going, taken, strict=True)]
+            _realign(cache, going, [total + count - 1 for count in taken], lengths)
+            known = max(lengths)
+        elif len(going) < len(inputs):
+            for layer in cache.layers:
+                layer.batch_select_indices(torch.tensor(going, device=layer.keys.device))
     return [(tuple(tokens), reason) for tokens, reason in zip(generated, finish, strict=True)]
+
+
+def _left(request: Request, tokens: list[int]) -> int:
+    """How many tokens may still follow."""
+    return request.max_new_tokens - len(tokens)
+
+
+def _take(chosen: list[int], proposed: list[int], tokens: list[int], rule: StopRule) -> int:
+    """Appends to `tokens` what the model says, as far as it was asked the right question; how many that are.
+
+    `chosen[k]` is what it says after the first k proposed tokens.
+    """
+    for count, token in enumerate(chosen, start=1):
+        tokens.append(token)
+        if rule.finished(tokens) or count > len(proposed) or token != proposed[count - 1]:
+            return count
+    return len(chosen)

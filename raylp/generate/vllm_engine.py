@@ -20,6 +20,7 @@ from raylp.models.view import check_removed
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
+GPU_MEMORY = 0.85  # share of a GPU's memory that an engine takes
 CPU_SEQUENCES = 64
 CPU_BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
 _OTHER_BACKEND = "use backend transformers"
@@ -46,7 +47,7 @@ class VLLMGenerator:
         newline: bool = True,
         max_model_len: int = 1024,
         skippable: bool = False,
-        gpu_memory_utilization: float = 0.85,
+        gpu_memory_utilization: float = GPU_MEMORY,
     ) -> None:
         import torch
 
@@ -86,8 +87,15 @@ class VLLMGenerator:
             self._run([Request((self.tokenizer.eos_token_id or 0,), 1)])
             self._call("raylp_skip_layers", [])
 
-    def generate(self, requests: Sequence[Request], removed: Sequence[int] = ()) -> list[Output]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        removed: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Output]:
         """Greedy continuations without the layers `removed`, one for each request and in their order.
+
+        `drafts` are not used: the engine's own speculation knows no drafts from outside.
 
         Raises:
             UserError: a request is longer than `max_model_len`, or layers are to be left out of an engine that is not
