@@ -19,6 +19,7 @@ from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
 from raylp.machine import machine, versions
+from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
@@ -132,6 +133,8 @@ def check_model(context: Context) -> None:
     search = context.recipe.search
     if search is None:
         return
+    for name in search.objective:
+        check_objective(name)
     if search.given is not None:
         check_removed(search.given, num_layers)
     else:

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -96,7 +96,7 @@ class Resources(Section):
     """
 
     workers: int | Literal["auto"] = "auto"
-    gpus_per_worker: float | Literal["auto"] = Field("auto", gt=0)
+    gpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     address: str | None = None
     cpus: int | None = Field(None, ge=1)
     gpus: int | None = Field(None, ge=0)
@@ -177,7 +177,11 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
     if evaluate is not None:
         metrics = [str((base / name).resolve()) if name.startswith(".") else name for name in evaluate.metrics]
         evaluate = evaluate.model_copy(update={"metrics": metrics})
-    return recipe.model_copy(update={"data": data, "model": model, "evaluate": evaluate})
+    search = recipe.search
+    if search is not None:
+        objective = {str((base / n).resolve()) if n.startswith(".") else n: w for n, w in search.objective.items()}
+        search = search.model_copy(update={"objective": objective})
+    return recipe.model_copy(update={"data": data, "model": model, "search": search, "evaluate": evaluate})
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -93,19 +93,23 @@ class Worker:
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Output], float]:
         """Outputs, and the seconds they took without loading."""
+        generator = self.hold(path, backend, dtype, skippable)
+        with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
+            stream.write(json.dumps({"path": path, "removed": list(removed), "sentences": len(requests)}) + "\n")
+        started = time.perf_counter()
+        outputs = generator.generate(requests, removed, drafts)
+        return outputs, time.perf_counter() - started
+
+    def hold(self, path: str, backend: str, dtype: str, skippable: bool = False) -> Generator:
+        """The model, resident from now on; another one is let go."""
         wanted = (path, backend, dtype, skippable)
-        if self.loaded != wanted:
+        if self.loaded != wanted or self.generator is None:
             self._unload()
             self.generator = make_generator(
                 Path(path), backend, dtype, self.newline, skippable=skippable, gpus=self.gpus
             )
             self.loaded = wanted
-        assert self.generator is not None
-        with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
-            stream.write(json.dumps({"path": path, "removed": list(removed), "sentences": len(requests)}) + "\n")
-        started = time.perf_counter()
-        outputs = self.generator.generate(requests, removed, drafts)
-        return outputs, time.perf_counter() - started
+        return self.generator
 
     def choose_backend(
         self, path: str, dtype: str, requests: Sequence[Request], removed_sets: Sequence[Sequence[int]]
@@ -378,7 +382,8 @@ class Pool:
             self._failed_starts += 1
             if self._failed_starts >= MAX_TRIES:
                 raise UserError(
-                    f"workers die as they start ({_last_line(error)}): see Ray's logs, and that this raylp is on every node",
+                    f"workers die as they start ({_last_line(error)}): look at Ray's logs, and whether raylp is on "
+                    f"every node",
                     1,
                 ) from error
             self._replace(member)

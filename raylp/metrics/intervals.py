@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from raylp.metrics.ngram import Metric, Statistics
+from raylp.metrics.ngram import Scored, Statistics
 
 SEED = 12345
 
@@ -24,7 +24,7 @@ class Score:
         return asdict(self)
 
 
-def score_with_interval(metric: Metric, statistics: Statistics, resamples: int = 1000) -> Score:
+def score_with_interval(metric: Scored, statistics: Statistics, resamples: int = 1000) -> Score:
     """The corpus score of `statistics` (sentences, counts) and its interval."""
     n = len(statistics)
     value = metric.score(statistics.sum(0))
@@ -34,7 +34,7 @@ def score_with_interval(metric: Metric, statistics: Statistics, resamples: int =
     return Score(value, float(low), float(high), n, f"{metric.signature}|bs:{resamples}|seed:{SEED}")
 
 
-def paired_difference(metric: Metric, a: Statistics, b: Statistics, resamples: int = 1000) -> Score:
+def paired_difference(metric: Scored, a: Statistics, b: Statistics, resamples: int = 1000) -> Score:
     """Score of `a` minus score of `b` on the same sentences, resampled together."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} sentences cannot be paired")

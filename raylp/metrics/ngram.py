@@ -16,23 +16,27 @@ Statistics = NDArray[Any]  # (sentences, counts) or (counts,), int64 or float64
 NAMES = ("chrF2++", "BLEU")
 
 
-class Metric(Protocol):
-    """Scores from additive statistics: `name` and `signature` as sacrebleu prints them, or COMET's."""
-
-    @property
-    def name(self) -> str: ...
+class Scored(Protocol):
+    """A score of sums of additive statistics."""
 
     @property
     def signature(self) -> str: ...
+
+    def score(self, totals: Statistics) -> float:
+        """The corpus score, on its own scale, from the (counts,) sum of rows."""
+        ...
+
+
+class Metric(Scored, Protocol):
+    """Statistics of texts, and their score: `name` and `signature` as sacrebleu prints them, or COMET's."""
+
+    @property
+    def name(self) -> str: ...
 
     def statistics(
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] = ()
     ) -> Statistics:
         """(sentences, counts), int64 or float64: one row for each hypothesis; what a metric does not need is unread."""
-        ...
-
-    def score(self, totals: Statistics) -> float:
-        """The corpus score, on the metric's own scale, from the (counts,) sum of rows."""
         ...
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from raylp.errors import UserError
-from raylp.metrics.ngram import Metric, Statistics, metric
+from raylp.metrics.ngram import NAMES, Metric, Statistics, metric
+from raylp.metrics.registry import check as check_metric
+from raylp.metrics.registry import full_name, open_metric, short_name
 
 SCALE, STEP = 1e9, 1e-4  # of the finite differences behind `influence`
 FORCED = ("likelihood", "agreement")
-USUAL = {"chrf++": "chrF2++", "chrf2++": "chrF2++", "chrf": "chrF2++", "bleu": "BLEU"}
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,24 @@ class UserMetric:
 
 
 def usual_name(name: str) -> str:
-    """`name` as scores are filed: `chrF++` is sacrebleu's `chrF2++`."""
-    return USUAL.get(name.lower(), name)
+    """`name` as scores are filed: `chrF++` is sacrebleu's `chrF2++`.
+
+    Raises:
+        ValueError: no metric has that name; with the nearest that one has.
+    """
+    return name if name in FORCED or is_function(name) else full_name(name)
+
+
+def check(name: str) -> None:
+    """Refuses what cannot be computed here; nothing is loaded or fetched.
+
+    Raises:
+        UserError: COMET's environment, a checkpoint or the user's function is not there.
+    """
+    if is_function(name):
+        _user_metric(name)
+    elif name not in FORCED:
+        check_metric(name)
 
 
 def is_function(name: str) -> bool:
@@ -105,7 +122,7 @@ def load_metric(name: str, target_language: str = "") -> Metric:
         return Mean(name, "minus mean KL(unpruned || pruned) a target token", -1.0)
     if is_function(name):
         return _user_metric(name)
-    return metric(name, target_language)
+    return open_metric(name, target_language)
 
 
 def _user_metric(name: str) -> UserMetric:
@@ -141,16 +158,23 @@ class Objective:
 
     @property
     def name(self) -> str:
-        if len(self.weights) == 1:
-            return self.weights[0][0]
-        return " + ".join(f"{weight:g} {name}" for name, weight in self.weights)
+        return objective_name(dict(self.weights))
 
     @cached_property
     def metrics(self) -> dict[tuple[str, str], Metric]:
         """By metric name and pair."""
-        return {
-            (name, pair): load_metric(name, pair.partition("-")[2]) for name, _ in self.weights for pair in self.pairs
-        }
+        found: dict[tuple[str, str], Metric] = {}
+        for name, _ in self.weights:
+            shared = None if name in NAMES else load_metric(name)  # one process of COMET serves all pairs
+            for pair in self.pairs:
+                found[name, pair] = shared or load_metric(name, pair.partition("-")[2])
+        return found
+
+    def close(self) -> None:
+        """Ends what the metrics have started."""
+        for chosen in self.metrics.values():
+            if hasattr(chosen, "close"):
+                chosen.close()
 
     @cached_property
     def signature(self) -> str:
@@ -176,7 +200,7 @@ class Objective:
 
     def is_cheap(self, name: str) -> bool:
         """Whether a metric is computed where the translations are made, in no time; COMET is a process of its own."""
-        return name in ("chrF2++", "BLEU") or is_function(name)
+        return name in NAMES or is_function(name)
 
     def rows(self, parts: Mapping[str, Any], pair: str) -> Statistics:
         """(sentences, columns) for sentences of one `pair`; `parts`: each metric's rows, by its name."""
@@ -202,11 +226,19 @@ class Objective:
         return whole
 
 
+def objective_name(weights: Mapping[str, float]) -> str:
+    """`chrF2++`, or `0.7 chrF2++ + 0.3 BLEU`."""
+    names = {name: name if name in FORCED or is_function(name) else short_name(name) for name in weights}
+    if len(weights) == 1:
+        return next(iter(names.values()))
+    return " + ".join(f"{weight:g} {names[name]}" for name, weight in weights.items())
+
+
 def columns_of(name: str) -> int:
     """Columns of a metric's rows."""
     if name in FORCED or is_function(name):
         return 2
-    if name in ("chrF2++", "BLEU"):
+    if name in NAMES:
         return int(metric(name).statistics(["a"], ["a"]).shape[1])
     return 2
 

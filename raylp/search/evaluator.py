@@ -24,7 +24,8 @@ class LedgerEvaluator:
     """See `raylp.search.strategies.Evaluator`.
 
     `compute` does pieces of work, in any order, and yields each with its lines, which it has already filed.
-    `gpus_per_worker`: to count GPU-seconds. `on_unit` hears of every piece that is done.
+    `gpus_per_worker`: to count GPU-seconds. `encode`: tokens of a translation, to make drafts of known ones. `on_unit`
+    hears of every piece that is done.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class LedgerEvaluator:
         chat: bool = False,
         gpus_per_worker: float = 0,
         seed: int = 0,
+        encode: Callable[[str], list[int]] | None = None,
         on_unit: Callable[[Work], None] = lambda _: None,
     ) -> None:
         self.path, self.model, self.blocks, self.objective = path, model, list(blocks), objective
         self.ledger, self.compute, self.backend, self.dtype = ledger, compute, backend, dtype
-        self.gpus_per_worker, self.seed, self.on_unit = gpus_per_worker, seed, on_unit
+        self.gpus_per_worker, self.seed, self.encode, self.on_unit = gpus_per_worker, seed, encode, on_unit
         self.sizes = [len(block) for block in self.blocks]
         self.decoding = f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key
@@ -189,7 +191,7 @@ class LedgerEvaluator:
             here = [name for name in lacking if self.objective.is_cheap(name)] or [TRANSLATION]
             facts = {name: self.facts(removed, block, name) for name in here}
             works.append(
-                Translate(str(self.path), self.ledger.rundir.url, block, removed, facts, self._draft(removed, block))
+                Translate(str(self.path), self.ledger.rundir.url, block, removed, facts, self._drafts(removed, block))
             )
         for work, lines in self.compute(works) if works else []:
             assert isinstance(work, Translate)
@@ -200,13 +202,15 @@ class LedgerEvaluator:
         if self.objective.forced_names:
             self._force(units, self.objective.forced_names)
 
-    def _draft(self, removed: Removed, block: Block) -> tuple[str, ...]:
+    def _drafts(self, removed: Removed, block: Block) -> tuple[tuple[int, ...], ...] | None:
         """What the model said with the last layer still in it, or with all of them, if that is known."""
+        if self.encode is None or not removed:
+            return None
         for known in (removed[:-1], ()):
-            texts = self._texts(known, block) if removed else None
+            texts = self._texts(known, block)
             if texts is not None:
-                return tuple(texts)
-        return ()
+                return tuple(tuple(self.encode(text)) for text in texts)
+        return None
 
     def _score(self, removed: Removed, block: Block, names: list[str], texts: list[str]) -> Iterator[dict[str, Any]]:
         """Lines of metrics computed here, from translations that are there."""

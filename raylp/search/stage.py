@@ -6,24 +6,26 @@ from typing import Any
 
 from raylp import cluster
 from raylp.context import Context
-from raylp.generate.pool import Pool, num_workers
+from raylp.generate.pool import Pool, plan_workers
 from raylp.ledger import Ledger
 from raylp.metrics.intervals import Score
-from raylp.metrics.objective import Objective
+from raylp.metrics.objective import Objective, objective_name
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.load import load_tokenizer, read_config
 from raylp.models.source import fingerprint
 from raylp.progress import Task
 from raylp.rundir import RunDir
-from raylp.search.blocks import make_blocks
+from raylp.search.blocks import Block, make_blocks
 from raylp.search.config import Search as Section
 from raylp.search.evaluator import LedgerEvaluator, Work
-from raylp.search.plan import Removed, Round
+from raylp.search.plan import Removed, Round, protected_layers
 from raylp.search.strategies import Options, Search
 from raylp.search.targets import Target, most_evaluations, target_of
 from raylp.search.worker import SearchWorker
 
 SCHEMA = 1
+BACKEND = "backend.json"
+TIMED_SENTENCES = 8
 
 
 def options_of(section: Section) -> Options:
@@ -67,17 +69,19 @@ def search(context: Context) -> dict[str, Any]:
     ledger = Ledger(context.rundir, cache)
     already = len(ledger.lines)
     cluster.start(context.recipe.resources)
-    size = num_workers(context.recipe.resources, count_parameters(path)[1])
-    pool = Pool(size, context.prompt.newline, context.rundir.logs(), SearchWorker)
+    layout = plan_workers(context.recipe.resources, count_parameters(path)[1])
+    pool = Pool(layout, context.prompt.newline, context.rundir.logs(), SearchWorker)
     try:
         with context.reporter.task("search") as task:
             progress = Progress(context, task, section, target)
-            evaluator = make_evaluator(context, ledger, pool, task, progress)
+            evaluator = make_evaluator(context, ledger, pool, task, progress, layout.gpus)
             task.expect(most_evaluations(section, target) * len(evaluator.blocks))
             work = Search(evaluator, target, options_of(section), progress.round, progress.look)
             baseline = work.full_score(())
             progress.baseline(baseline)
             rounds = work.run()
+            noise = evaluator.noise() if section.strategy in ("race", "exhaustive") else None
+            evaluator.objective.close()
     finally:
         pool.close()
     gone = rounds[-1].gone if rounds else ()
@@ -86,7 +90,7 @@ def search(context: Context) -> dict[str, Any]:
         "risk": section.risk if section.strategy == "race" else None,
         "objective": section.objective,
         "depths": depths_of(target, rounds),
-        "noise": evaluator.noise() if section.strategy in ("race", "exhaustive") else None,
+        "noise": noise,
         "stopped": work.stopped,
         "spent": evaluator.spent(),
         "backend": evaluator.backend,
@@ -100,22 +104,25 @@ def search(context: Context) -> dict[str, Any]:
         "baseline": baseline.as_dict(),
         "score": rounds[-1].score.as_dict() if rounds and rounds[-1].score else None,
         "spent": evaluator.spent(),
-        "workers": size,
+        "workers": layout.workers,
         "lines_known_before": already,
         "stopped": work.stopped,
     }
 
 
-def make_evaluator(context: Context, ledger: Ledger, pool: Pool, task: Task, progress: "Progress") -> LedgerEvaluator:
+def make_evaluator(
+    context: Context, ledger: Ledger, pool: Pool, task: Task, progress: "Progress", gpus_per_worker: float
+) -> LedgerEvaluator:
     """Scores over the pool's workers."""
     section = context.recipe.search
     assert section is not None
-    path = context.baseline
-    blocks = make_blocks(context.splits.search, context.prompt, load_tokenizer(path), section.block)
+    path, tokenizer = context.baseline, load_tokenizer(context.baseline)
+    blocks = make_blocks(context.splits.search, context.prompt, tokenizer, section.block)
     objective = Objective.of(section.objective, [block.pair for block in blocks])
+    dtype = context.dtype if section.dtype == "auto" else section.dtype
 
     def compute(works: list[Work]) -> Iterable[tuple[Work, list[dict[str, Any]]]]:
-        return pool.run(works, lambda worker, work: worker.do.remote(work), task)
+        return pool.run(works, lambda worker, work: worker.do.remote(work), task, lambda work: work.cost)
 
     return LedgerEvaluator(
         path,
@@ -124,13 +131,36 @@ def make_evaluator(context: Context, ledger: Ledger, pool: Pool, task: Task, pro
         objective,
         ledger,
         compute,
-        section.backend,
-        context.dtype if section.dtype == "auto" else section.dtype,
+        pinned_backend(context, pool, task, blocks, dtype),
+        dtype,
         context.prompt.chat,
-        min(1.0, cluster.num_gpus()),
+        gpus_per_worker,
         section.seed,
+        lambda text: context.prompt.target_tokens(tokenizer, text),
         progress.unit,
     )
+
+
+def pinned_backend(context: Context, pool: Pool, task: Task, blocks: Sequence[Block], dtype: str) -> str:
+    """The recipe's backend; for `auto` the quicker of both, timed once for a run and noted in backend.json."""
+    section = context.recipe.search
+    assert section is not None
+    if section.backend != "auto":
+        return section.backend
+    if not context.rundir.exists(BACKEND):
+        num_layers = stack_size(context.baseline)
+        free = sorted(set(range(num_layers)) - protected_layers(section.protect, num_layers))
+        views = [(), *((free[len(free) * k // 3],) for k in range(min(3, len(free))))]
+        asked = blocks[0].requests[:TIMED_SENTENCES]
+        path = str(context.baseline)
+        work = [None]
+        call = lambda worker, _: worker.choose_backend.remote(path, dtype, asked, views)  # noqa: E731
+        ((_, choice),) = pool.run(work, call, task)
+        context.rundir.write_json(
+            BACKEND, {"backend": choice.backend, "seconds": choice.seconds, "problems": choice.problems}
+        )
+        context.reporter.line(choice.text())
+    return context.rundir.read_json(BACKEND)["backend"]
 
 
 class Progress:
@@ -138,7 +168,7 @@ class Progress:
 
     def __init__(self, context: Context, task: Task, section: Section, target: Target) -> None:
         self.reporter, self.task, self.section, self.target = context.reporter, task, section, target
-        self.name = " + ".join(section.objective)
+        self.name = objective_name(section.objective)
         self.rounds = 0
         self.note = ""
 

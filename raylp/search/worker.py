@@ -24,7 +24,7 @@ TRANSLATION = "translation"  # the metric of a line that only keeps translations
 class Translate:
     """Work: translate a block without some layers, and score it. `facts`: of the line for each metric, by its name.
 
-    `draft`: translations that are thought to be near, if there are any.
+    `drafts`: tokens of translations that are thought to be near, if there are any.
     """
 
     path: str
@@ -32,7 +32,12 @@ class Translate:
     block: Block
     removed: tuple[int, ...]
     facts: dict[str, dict[str, Any]]
-    draft: tuple[str, ...] = ()
+    drafts: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def cost(self) -> float:
+        """Tokens at most, which its time goes with."""
+        return sum(request.max_new_tokens for request in self.block.requests)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Force:
     dtype: str
     facts: dict[tuple[int | None, str], dict[str, Any]]
 
+    @property
+    def cost(self) -> float:
+        """Tokens to score."""
+        return sum(map(len, self.block.targets)) * max(1, len(self.layers))
+
 
 @dataclass(frozen=True)
 class Weigh:
@@ -65,6 +75,11 @@ class Weigh:
     seed: int
     facts: dict[str, Any]
 
+    @property
+    def cost(self) -> float:
+        """Tokens to look at."""
+        return sum(len(target) for block in self.blocks for target in block.targets)
+
 
 class SearchWorker(Worker):
     """A worker that also scores."""
@@ -72,6 +87,10 @@ class SearchWorker(Worker):
     def __init__(self, threads: int, newline: bool, log: str) -> None:
         super().__init__(threads, newline, log)
         self.scorers: dict[tuple[str, ...], ForcedScorer] = {}
+
+    def _unload(self) -> None:
+        self.scorers = {}
+        super()._unload()
 
     def do(self, work: Translate | Force | Weigh) -> list[dict[str, Any]]:
         """The ledger lines of a piece of work."""
@@ -90,7 +109,7 @@ class SearchWorker(Worker):
         any_facts = next(iter(work.facts.values()))
         backend, dtype = any_facts["backend"], any_facts["dtype"]
         outputs, seconds = self.translate(
-            work.path, backend, dtype, work.block.requests, work.removed, skippable=backend == "vllm"
+            work.path, backend, dtype, work.block.requests, work.removed, backend == "vllm", work.drafts
         )
         texts = [output.text for output in outputs]
         tokens = [len(output.tokens) for output in outputs]
@@ -115,12 +134,14 @@ class SearchWorker(Worker):
         started = time.perf_counter()
         scorer = self._scorer(work.path, work.dtype, (work.block,))
         lines = []
+        found: list[tuple[int | None, Any]]
         for name in dict.fromkeys(name for _, name in work.facts):
             objective: Any = name
-            rows: dict[int | None, Any] = dict(scorer.sweep(work.base, work.layers, objective)) if work.layers else {}
-            if not work.layers:
-                rows[None] = scorer.score(work.base, objective)
-            for layer, own in rows.items():
+            if work.layers:
+                found = [*scorer.sweep(work.base, work.layers, objective).items()]
+            else:
+                found = [(None, scorer.score(work.base, objective))]
+            for layer, own in found:
                 facts = work.facts[layer, name]
                 lines.append({"key": score_key(facts), **facts, "statistics": own.tolist()})
         lines[0]["seconds"] = round(time.perf_counter() - started, 4)
