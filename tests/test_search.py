@@ -161,3 +161,90 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path, toy_checkpoint: Path) ->
 def test_too_little_memory_is_told_in_numbers(workers: Literal["auto"] | int) -> None:
     with pytest.raises(UserError, match=r"about 100000\d\.\d GB of memory, \d+\.\d GB are free"):
         num_workers(Resources(workers=workers), 1e15)
+
+
+@pytest.fixture(scope="module")
+def others(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
+    """Runs a search in a directory of its own; its plan and directory."""
+
+    def run_search(**search: object) -> tuple[dict, Path]:
+        run_dir = tmp_path_factory.mktemp("other") / "run"
+        recipe = recipe_for(toy_checkpoint, toy_data, run_dir, search={"remove": toy.TRUTH.num_removable, **search})
+        run(recipe, Reporter(quiet=True), only="search")
+        return json.loads((run_dir / "plan.json").read_text()), run_dir
+
+    return run_search
+
+
+def test_race_finds_the_answer_for_less(others, searched: Path) -> None:
+    plan, run_dir = others(block=4)
+    assert tuple(sorted(plan["removed"])) in toy.TRUTH.answers
+    sentences = sum(g["sentences"] for g in generations(run_dir))
+    assert sentences == plan["spent"]["sentences"] < sum(g["sentences"] for g in generations(searched)) / 1.5
+    assert all(r["strategy"] == "race" and r["risk"] == 0.05 for r in plan["rounds"])
+    assert plan["rounds"][-1]["score"]["n"] == toy.SPLIT_SIZES["search"]
+    assert plan["noise"] < plan["baseline"]["value"]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"strategy": "sleb"},
+        {"objective": "likelihood", "strategy": "exhaustive"},
+        {"objective": "agreement"},
+        {"strategy": "oneshot", "criterion": "block_influence", "remove": 2},
+        {"objective": {"chrF++": 1, "BLEU": 0.5}, "per_round": 2},
+        {"strategy": "exhaustive", "beam": 2, "swaps": 1},
+    ],
+    ids=lambda search: "-".join(map(str, search.values())),
+)
+def test_other_ways_find_it_too(others, search: dict) -> None:
+    plan, _ = others(**search)
+    found = set(plan["removed"])
+    if plan["strategy"] == "oneshot":
+        assert found == set(toy.TRUTH.dead)  # of twins it sees two layers that each do something
+    else:
+        assert tuple(sorted(found)) in toy.TRUTH.answers
+    assert plan["rounds"][-1]["score"]["n"] == toy.SPLIT_SIZES["search"]
+
+
+def test_several_depths_from_one_search(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_for(toy_checkpoint, toy_data, tmp_path, search={"layers": [7, 5], "block": 4})
+    run(recipe, Reporter(quiet=True))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [depth["layers"] for depth in plan["depths"]] == [7, 5]
+    assert plan["depths"][0]["removed"] == plan["removed"][:1] and plan["depths"][1]["removed"] == plan["removed"]
+    for depth in plan["depths"]:
+        card = json.loads((tmp_path / f"models/pruned-{depth['layers']}/raylp.json").read_text())
+        assert card["removed"] == depth["removed"]
+
+
+def test_the_allowed_loss_stops_it(others) -> None:
+    plan, _ = others(remove=None, max_loss=5.0, strategy="exhaustive")
+    assert set(toy.TRUTH.dead) <= set(plan["removed"]) and len(plan["removed"]) == toy.TRUTH.num_removable
+    assert "at most 5 is allowed" in plan["stopped"]
+
+
+def test_another_metric_needs_no_generation(
+    searched: Path, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    search = {**SEARCH, "objective": {"BLEU": 1.0, "chrF++": 1.0}}
+    run(recipe_for(toy_checkpoint, toy_data, tmp_path, cache=str(searched), search=search), Reporter(quiet=True))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert generations(tmp_path) == [] and tuple(sorted(plan["removed"])) in toy.TRUTH.answers
+
+
+def test_replay_of_a_recording(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from raylp.cli import main
+    from raylp.rundir import RunDir
+    from raylp.search.replay import read_recording, replay
+
+    recording = read_recording(RunDir(str(searched)))
+    assert recording.sentences == toy.SPLIT_SIZES["search"] and len(recording.rounds) == toy.TRUTH.num_removable
+    plan = json.loads((searched / "plan.json").read_text())
+    rounds = replay(recording, times=20, block=4)
+    assert [r.best for r in rounds] == plan["removed"]
+    assert all(r.same + r.tie >= 0.95 and r.sentences < r.exhaustive for r in rounds)
+    with pytest.raises(SystemExit) as left:
+        main(["replay", str(searched), "--times", "3"])
+    assert left.value.code == 0 and "exhaustive takes" in capsys.readouterr().out
