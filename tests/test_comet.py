@@ -270,10 +270,10 @@ def test_scores_are_those_of_the_command_line(scorer: CometScorer, checkpoints: 
 
 @pytest.mark.comet
 def test_translations_that_differ_in_one_letter_are_not_taken_for_each_other(scorer: CometScorer) -> None:
-    """COMET's own cache would: it looks at the edges and the diagonal of a batch of token numbers."""
-    text = "a c e g i b d f h j " * 6
+    """Embeddings of whole batches are remembered: one is used again only where every token is the same."""
+    text = "a c e g i b d f h j " * 12
     rows = [{"src": text, "mt": text, "ref": text}] * 16
-    other = f"{text[:70]}j{text[71:]}"
+    other = f"{text[:110]}j{text[111:]}"
     changed = [{**row, "mt": other} if place == 8 else row for place, row in enumerate(rows)]
     first, second = scorer.score(rows), scorer.score(changed)
     assert [place for place in range(16) if first[place] != second[place]] == [8]
