@@ -143,7 +143,7 @@ def test_a_process_that_does_not_start_in_time_is_ended(broken_comet: Path) -> N
     broken_comet.write_text('#!/bin/sh\necho "reading something slow" >&2\nexec sleep 60\n')
     scorer = CometScorer("Unbabel/wmt22-comet-da", deadlines_s={"start": 0.5})
     with pytest.raises(UserError, match=r"did not start in 0\.5 s: reading something slow"):
-        scorer.score(make_rows(3))
+        scorer.score(make_rows(4))
     assert scorer.pid is None and children_running(str(broken_comet)) == []
 
 
@@ -151,11 +151,11 @@ def test_a_dead_process_tells_its_last_words(broken_comet: Path, tmp_path: Path)
     broken_comet.write_text('#!/bin/sh\necho "libsomething is missing" >&2\nexit 3\n')
     log = tmp_path / "logs/comet.log"
     with pytest.raises(UserError, match="exit code 3: libsomething is missing") as error:
-        CometScorer("Unbabel/wmt22-comet-da", log=log).score(make_rows(3))
+        CometScorer("Unbabel/wmt22-comet-da", log=log).score(make_rows(4))
     assert str(log) in str(error.value) and error.value.exit_code == 1
     broken_comet.chmod(0o644)
     with pytest.raises(UserError, match=r"does not run .* run make comet"):
-        CometScorer("Unbabel/wmt22-comet-da").score(make_rows(3))
+        CometScorer("Unbabel/wmt22-comet-da").score(make_rows(4))
 
 
 def test_intervals_of_means(broken_comet: Path) -> None:
@@ -270,10 +270,10 @@ def test_scores_are_those_of_the_command_line(scorer: CometScorer, checkpoints: 
 
 @pytest.mark.comet
 def test_translations_that_differ_in_one_letter_are_not_taken_for_each_other(scorer: CometScorer) -> None:
-    """COMET's own cache would: it looks at the edges and the diagonal of a batch of token numbers."""
-    text = "a c e g i b d f h j " * 6
+    """Embeddings of whole batches are remembered: one is used again only where every token is the same."""
+    text = "a c e g i b d f h j " * 12
     rows = [{"src": text, "mt": text, "ref": text}] * 16
-    other = f"{text[:70]}j{text[71:]}"
+    other = f"{text[:110]}j{text[111:]}"
     changed = [{**row, "mt": other} if place == 8 else row for place, row in enumerate(rows)]
     first, second = scorer.score(rows), scorer.score(changed)
     assert [place for place in range(16) if first[place] != second[place]] == [8]
@@ -326,7 +326,7 @@ def test_the_process_ends_with_its_parent(checkpoints: Path) -> None:
 @pytest.mark.comet
 def test_a_checkpoint_that_cannot_be_had_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'nobody/no-comet' could not be fetched .* name a local \.ckpt file") as error:
-        CometScorer("nobody/no-comet").score(make_rows(3))
+        CometScorer("nobody/no-comet").score(make_rows(4))
     assert "\n" not in str(error.value) and error.value.exit_code == 1
 
 
