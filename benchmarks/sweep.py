@@ -73,7 +73,7 @@ def main(
     batch_size: int = 16,
     dtype: str = "float32",
     device: str = "cpu",
-    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the least counts")] = 2,
+    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the least counts")] = 3,
     plain_candidates: Annotated[int, typer.Option(help="How many to score plainly; 0 for all")] = 0,
     cpu_seconds: Annotated[bool, typer.Option(help="Of this process, for a busy machine; with one thread")] = False,
 ) -> None:
