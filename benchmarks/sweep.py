@@ -10,6 +10,7 @@ of the whole model and of one layer; with the counts of `raylp.search.forced` th
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,8 +73,9 @@ def main(
     batch_size: int = 16,
     dtype: str = "float32",
     device: str = "cpu",
-    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the least counts")] = 2,
+    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the least counts")] = 3,
     plain_candidates: Annotated[int, typer.Option(help="How many to score plainly; 0 for all")] = 0,
+    cpu_seconds: Annotated[bool, typer.Option(help="Of this process, for a busy machine; with one thread")] = False,
 ) -> None:
     """Times the first two rounds of a search by likelihood, the first layer and the last protected."""
     if bool(model) == bool(shape):
@@ -96,10 +98,14 @@ def main(
         scorer = ForcedScorer(resident, examples, batch_size)
     except UserError as error:
         raise typer.BadParameter(str(error)) from error
-    report(scorer, device, repeats, plain_candidates)
+    if cpu_seconds:
+        import torch
+
+        torch.set_num_threads(1)  # threads that wait for each other would count as working
+    report(scorer, Clock(device, cpu_seconds), repeats, plain_candidates)
 
 
-def report(scorer: ForcedScorer, device: str, repeats: int, plain_candidates: int) -> None:
+def report(scorer: ForcedScorer, clock: "Clock", repeats: int, plain_candidates: int) -> None:
     """Measures and prints."""
     n = scorer.num_layers
     layers = list(range(1, n - 1))
@@ -108,8 +114,8 @@ def report(scorer: ForcedScorer, device: str, repeats: int, plain_candidates: in
         f"{scorer.num_targets} of targets, {scorer.model.dtype}"
     )
     scorer.score()  # the first pass on a device is slower
-    whole = least(lambda: scorer.score(), device, repeats)
-    single = least(lambda: scorer.score(range(1, n)), device, repeats)
+    whole = min(clock.seconds(scorer.score) for _ in range(repeats))
+    single = min(clock.seconds(lambda: scorer.score(range(1, n))) for _ in range(repeats))
     unit = (whole - single) / (n - 1)
     projection = single - unit
     print(f"a unit {unit * 1000:.1f} ms, a projection {projection * 1000:.1f} ms = {projection / unit:.1f} units\n")
@@ -127,21 +133,21 @@ def report(scorer: ForcedScorer, device: str, repeats: int, plain_candidates: in
         return expected(cost)
 
     tried = layers[:: max(1, len(layers) // plain_candidates)] if plain_candidates else layers
-    seconds = timed(lambda: [scorer.score((layer,)) for layer in tried], device) * len(layers) / len(tried)
+    seconds = clock.seconds(lambda: [scorer.score((layer,)) for layer in tried]) * len(layers) / len(tried)
     plain = plain_cost(n, len(layers))
     name = "plain" if len(tried) == len(layers) else f"plain (from {len(tried)})"
     plain_expected = row(name, plain, seconds)
 
     spent = scorer.spent
     swept: dict[int, Any] = {}
-    sweep_seconds = timed(lambda: swept.update(scorer.sweep((), layers)), device)
+    sweep_seconds = clock.seconds(lambda: swept.update(scorer.sweep((), layers)))
     sweep = sweep_cost(n, layers)
     assert scorer.spent == spent + sweep
     sweep_expected = row("sweep", sweep, sweep_seconds)
     best = max(layers, key=lambda layer: swept[layer][:, 0].sum())
     rest = [layer for layer in layers if layer != best]
     before = scorer.spent
-    again = timed(lambda: scorer.sweep((best,), rest), device)
+    again = clock.seconds(lambda: scorer.sweep((best,), rest))
     row("next round's sweep", Cost(scorer.spent.layers - before.layers, len(rest)), again)
     fresh = sweep_cost(n - 1, range(1, n - 2))
     print(
@@ -172,19 +178,23 @@ def random_examples(count: int, prompt_length: int, target_length: int) -> list[
     return [Example(tokens(prompt_length), tokens(target_length)) for _ in range(count)]
 
 
-def timed(work: Callable[[], Any], device: str) -> float:
-    """Seconds, the device's work included."""
-    import torch
+@dataclass(frozen=True)
+class Clock:
+    """Measures seconds, those of the wall or of this process alone."""
 
-    start = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    device: str
+    cpu: bool
 
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """How long `work` takes, what it has left to the device included."""
+        import torch
 
-def least(work: Callable[[], Any], device: str, repeats: int) -> float:
-    return min(timed(work, device) for _ in range(repeats))
+        now = time.process_time if self.cpu else time.perf_counter
+        start = now()
+        work()
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return now() - start
 
 
 if __name__ == "__main__":

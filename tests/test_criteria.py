@@ -76,11 +76,14 @@ def test_block_influence_and_angles(family: str) -> None:
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_gate_taylor_is_the_slope_of_a_gate(family: str) -> None:
-    """Against central differences in float64 with a real gate around each layer."""
+    """Against central differences with a real gate around each layer, in float64."""
     scorer = scorer_for(family, "float64")
+    if family == "mixtral":  # the faster way to run experts knows float32 only
+        scorer.model.set_experts_implementation("eager")
     found = importance("gate_taylor", scorer, REMOVED)
     pruned = toy.without_layers(scorer.model, REMOVED)
-    step = 1e-4
+    # Root mean square norms compute in float32 whatever they are given; OPT's activation has a kink.
+    step = 1e-5 if family == "opt" else 3e-3
     for layer, module in zip(ALIVE, toy._layers(pruned), strict=True):
         losses = []
         for gate in (1 - step, 1 + step):
@@ -90,7 +93,7 @@ def test_gate_taylor_is_the_slope_of_a_gate(family: str) -> None:
             with torch.no_grad():
                 losses.append(float(mean_loss(pruned)))
             handle.remove()
-        assert found[layer] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-4, abs=1e-6)
+        assert found[layer] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -102,8 +105,8 @@ def test_magnitude_and_taylor_are_sums_over_matrices(family: str) -> None:
     mean_loss(pruned).backward()
     for layer, module in zip(ALIVE, toy._layers(pruned), strict=True):
         matrices = [weight for weight in module.parameters() if weight.ndim > 1]
-        assert magnitude[layer] == pytest.approx(sum(float(w.abs().sum()) for w in matrices), rel=1e-5)
-        products = sum(float((w * w.grad).abs().sum()) for w in matrices if w.grad is not None)
+        assert magnitude[layer] == pytest.approx(sum(float(w.detach().abs().sum()) for w in matrices), rel=1e-5)
+        products = sum(float((w.detach() * w.grad).abs().sum()) for w in matrices if w.grad is not None)
         assert taylor[layer] == pytest.approx(products, rel=1e-3)
 
 

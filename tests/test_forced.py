@@ -140,6 +140,19 @@ def test_what_is_spent_is_what_the_formulas_say() -> None:
     assert list(scorer.sweep((2,), [5, 3])) == [5, 3]
 
 
+def test_layers_that_return_more_than_states() -> None:
+    """Bloom's give a tuple: what stands for them in the middle of the model does as well."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=64, n_layer=4, n_head=4)).eval()
+    scorer = ForcedScorer(model, some_examples(shared=9), batch_size=BATCH)
+    swept = scorer.sweep((1,), (0, 2, 3))
+    for layer, rows in swept.items():
+        assert np.array_equal(rows, scorer.score((1, layer)))
+
+
 def test_what_prompts_begin_with_is_computed_once() -> None:
     examples = some_examples(shared=9)
     shared, whole = scorer_for("llama", 9), scorer_for("llama", 9, share_prefix=False)
