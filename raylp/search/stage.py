@@ -1,5 +1,6 @@
 """The search of a run: blocks x candidates are pieces of work for resident models on a Ray cluster."""
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from raylp.rundir import RunDir
 from raylp.search.blocks import Block, make_blocks
 from raylp.search.config import Search as Section
 from raylp.search.evaluator import LedgerEvaluator, Work
-from raylp.search.plan import Removed, Round, protected_layers
+from raylp.search.plan import Removed, Round, num_evaluations, protected_layers
 from raylp.search.strategies import Options, Search
 from raylp.search.targets import Target, most_evaluations, target_of
 from raylp.search.worker import SearchWorker
@@ -169,15 +170,20 @@ class Progress:
     def __init__(self, context: Context, task: Task, section: Section, target: Target) -> None:
         self.reporter, self.task, self.section, self.target = context.reporter, task, section, target
         self.name = objective_name(section.objective)
-        self.rounds = 0
-        self.note = ""
+        self.rounds, self.tried, self.units = 0, 0, 0
+        self.note = "with all layers"
+        self.started = time.monotonic()
 
     def baseline(self, score: Score) -> None:
-        self.task.beat(f"{self.name} {score.value:.1f} with all layers")
+        """The unpruned model is scored."""
+        self.note = f"{self.name} {score.value:.1f} with all layers"
+        self.task.beat(self.note)
 
     def unit(self, work: Work) -> None:
         """A piece of work is done."""
-        self.task.advance(1, self.note or f"round {self.rounds + 1}")
+        self.units += 1
+        pace = self.units / max(1e-3, time.monotonic() - self.started)
+        self.task.advance(1, f"{self.note}, {pace:.1f} units/s")
 
     def look(self, told: dict[str, Any]) -> None:
         """Candidates were compared."""
@@ -188,13 +194,21 @@ class Progress:
         self.task.beat(self.note)
 
     def round(self, rounds: Sequence[Round]) -> None:
-        """A decision was made."""
-        self.rounds, self.note = len(rounds), ""
+        """A decision was made: what is left is taken to cost as much a candidate as so far."""
         last = rounds[-1]
+        self.rounds, self.tried = len(rounds), self.tried + len(last.candidates)
+        self.note = f"round {self.rounds + 1}"
+        left = num_evaluations(
+            self.target.num_layers - len(last.gone), len(self.target.protected), self._rounds_left(last)
+        )
+        self.task.expect(self.task.done + left * self.units / max(1, self.tried))
         took = ", ".join(map(str, last.removed)) or "none"
         back = f", {', '.join(map(str, last.restored))} comes back" if last.restored else ""
         score = f", {self.name} {last.score.value:.2f}" if last.score else ""
         self.reporter.line(f"round {self.rounds}: layer {took} goes{back}{score} without {list(last.gone)}")
+
+    def _rounds_left(self, last: Round) -> int:
+        return max(0, self.target.most - len(last.gone)) if self.target.depths else 0
 
 
 def depths_of(target: Target, rounds: Sequence[Round]) -> list[dict[str, Any]]:
