@@ -378,7 +378,7 @@ class Pool:
             self._failed_starts += 1
             if self._failed_starts >= MAX_TRIES:
                 raise UserError(
-                    f"workers die as they start ({_last_line(error)}): see Ray's logs, and that this raylp is on every node",
+                    f"workers die as they start ({_last_line(error)}): is this raylp on every node?",
                     1,
                 ) from error
             self._replace(member)
