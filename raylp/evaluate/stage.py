@@ -8,7 +8,7 @@ from raylp.context import Context
 from raylp.data.corpus import Pair, write_jsonl
 from raylp.evaluate.results import write_results
 from raylp.evaluate.scores import score_translations
-from raylp.generate.pool import Pool, num_workers
+from raylp.generate.pool import Pool, plan_workers
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
@@ -25,7 +25,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     models = context.models()
     cluster.start(context.recipe.resources)
     described = {name: sizes(path) for name, path in models.items()}
-    workers = num_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
+    layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
     dtype = context.dtype if recipe.dtype == "auto" else recipe.dtype
     jobs = [
         (name, path, test_set, examples)
@@ -34,7 +34,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         if not context.rundir.exists(f"translations/{name}/{test_set}.jsonl")
     ]
     with context.reporter.task("evaluate", sum(len(examples) for *_, examples in jobs)) as task:
-        pool = Pool(workers, context.prompt.newline, context.rundir.logs())
+        pool = Pool(layout, context.prompt.newline, context.rundir.logs())
         try:
             for name, path, test_set, examples in jobs:
                 _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype)

@@ -60,14 +60,22 @@ def choose_backend(
             if generator is not None:
                 close(generator)
             generator = None
-            gc.collect()
+            free_memory()
     if not seconds:
         raise UserError("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
     return Choice(min(seconds, key=seconds.__getitem__), seconds, problems)
 
 
 def close(generator: Any) -> None:
-    """Gives back what the generator holds besides Python's own memory."""
+    """Ends an engine that has to be ended."""
     if hasattr(generator, "close"):
         generator.close()
+
+
+def free_memory() -> None:
+    """What nothing refers to any more goes back to the machine and its GPU, where the next model needs it."""
+    import torch
+
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

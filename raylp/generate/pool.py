@@ -12,7 +12,7 @@ from typing import Any
 
 from raylp import cluster
 from raylp.errors import UserError
-from raylp.generate.auto import Choice, choose_backend, close
+from raylp.generate.auto import Choice, choose_backend, close, free_memory
 from raylp.generate.base import Generator, Output, Request
 from raylp.generate.layout import CPU_BYTES, Layout, on_cpus, on_gpus
 from raylp.generate.schedule import Pace, most_copies
@@ -126,7 +126,8 @@ class Worker:
     def _unload(self) -> None:
         if self.generator is not None:
             close(self.generator)
-        self.generator = self.loaded = None
+            self.generator = self.loaded = None
+            free_memory()
 
 
 def _gpus_of_this_actor() -> float:
@@ -382,8 +383,7 @@ class Pool:
             self._failed_starts += 1
             if self._failed_starts >= MAX_TRIES:
                 raise UserError(
-                    f"workers die as they start ({_last_line(error)}): look at Ray's logs, and whether raylp is on "
-                    f"every node",
+                    f"workers die as they start ({_last_line(error)}): is this raylp on every node?",
                     1,
                 ) from error
             self._replace(member)

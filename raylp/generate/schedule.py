@@ -41,7 +41,8 @@ class Pace:
 
     def done(self, cost: float, seconds: float) -> None:
         """A unit of this cost took so many seconds."""
-        self._rates.append(seconds / cost)
+        if cost > 0:
+            self._rates.append(seconds / cost)
 
     def late(self, cost: float, seconds: float) -> bool:
         """Whether a unit of this cost, in work for so many seconds, is a straggler. Never before three are done."""
