@@ -33,11 +33,11 @@ from raylp.models.source import fingerprint, locate
 from raylp.models.stack import find_stack, text_config
 from raylp.rundir import RunDir
 from raylp.search.blocks import Block, make_blocks
-from raylp.search.evaluator import LedgerEvaluator, Work
+from raylp.search.evaluator import LedgerEvaluator
 from raylp.search.plan import Removed, Round, protected_layers
 from raylp.search.strategies import Options, Search
 from raylp.search.targets import Target
-from raylp.search.worker import SearchWorker
+from raylp.search.worker import SearchWorker, Work
 
 
 def arguments() -> argparse.Namespace:

@@ -82,6 +82,12 @@ def wanted_stages(recipe: Recipe) -> list[Stage]:
     return [stage for stage in STAGES if stage.wanted(recipe)]
 
 
+def read_by(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    """The splits a stage of this recipe reads: a search that heals candidates also needs text to train on."""
+    heals = stage.name == "search" and recipe.search is not None and recipe.search.heals
+    return (*stage.splits, "train") if heals else stage.splits
+
+
 def find_stage(recipe: Recipe, name: str) -> Stage:
     """The stage called `name`.
 
@@ -170,7 +176,7 @@ def read_splits(recipe: Recipe) -> Splits:
     splits = Splits(joined["search"], joined["train"], joined["dev"], tests)
     for stage in wanted_stages(recipe):
         given = recipe.search is not None and recipe.search.given is not None
-        for split in stage.splits:
+        for split in read_by(stage, recipe):
             if not getattr(splits, split) and not (stage.name == "search" and given):
                 raise UserError(f"{stage.name} needs a {split} split, and no corpus has one: name data.<name>.{split}")
     return splits
@@ -274,7 +280,8 @@ def fingerprints(context: Context) -> dict[str, str]:
     data = {"search": context.splits.search, "train": context.splits.train, "dev": context.splits.dev}
     found: dict[str, str] = {}
     for stage in wanted_stages(context.recipe):
-        examples: Any = [[e.id, e.source, e.target, e.pair] for s in stage.splits if s in data for e in data[s]]
+        splits = [data[split] for split in read_by(stage, context.recipe) if split in data]
+        examples: Any = [[e.id, e.source, e.target, e.pair] for split in splits for e in split]
         if "test" in stage.splits:
             examples = [[n, e.id, e.source, e.target] for n, es in context.splits.test.items() for e in es]
         content = [

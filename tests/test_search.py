@@ -248,3 +248,44 @@ def test_replay_of_a_recording(searched: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as left:
         main(["replay", str(searched), "--times", "3"])
     assert left.value.code == 0 and "exhaustive takes" in capsys.readouterr().out
+
+
+def test_a_short_heal_leaves_the_weights_alone(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path) -> None:
+    """Adapters learn what the missing layer did, and are gone afterwards."""
+    import torch
+
+    from raylp.data.corpus import read_pairs
+    from raylp.data.prompt import Prompt
+    from raylp.heal.examples import tokenise
+    from raylp.search.short_heal import ShortHeal, chosen_examples, healed
+
+    model, tokenizer = load_model(toy_checkpoint), load_tokenizer(toy_checkpoint)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prompt = Prompt(template=toy.TOY_TEMPLATE)
+    train, test = (read_pairs(str(toy_data[split]), "xx-yy") for split in ("train", "test"))
+    options = ShortHeal(steps=40, learning_rate=5e-3)
+    batches = chosen_examples(tokenise(train, prompt, tokenizer, 100), options)
+    assert len(batches) == 40 and all(len(batch) == 8 for batch in batches)
+    generator = TransformersGenerator(model, tokenizer)
+    requests = prompt.requests(tokenizer, [(pair.source, pair.pair) for pair in test])
+
+    def score(outputs) -> float:
+        rows = metric("chrF2++").statistics([o.text for o in outputs], [pair.target for pair in test])
+        return metric("chrF2++").score(rows.sum(0))
+
+    broken = score(generator.generate(requests, [1]))
+    with healed(model, [1], batches, options) as alive:
+        assert alive is model
+        mended = score(generator.generate(requests))
+    assert mended > broken + 10
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert score(generator.generate(requests, [1])) == broken
+
+
+def test_the_best_few_are_healed_before_one_is_chosen(others) -> None:
+    plan, run_dir = others(short_heal={"best": 2, "steps": 6}, remove=1, block=8)
+    (first,) = plan["rounds"]
+    assert len(first["healed"]) == 2 and plan["removed"] == first["healed"][0]["removed"]
+    assert first["healed"][0]["score"]["value"] >= first["healed"][1]["score"]["value"]
+    assert any("|healed:" in line["decoding"] for line in ledger_lines(run_dir))

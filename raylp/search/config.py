@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raylp.config import Section
 from raylp.metrics.objective import usual_name
+from raylp.search.short_heal import ShortHeal
 
 TARGETS = ("layers", "remove", "given", "parameters", "bytes", "latency", "max_loss")
 
@@ -22,7 +23,8 @@ class Search(Section):
     their weights. `strategy`: `race` scores candidates on as few sentences as the `risk` allows, `exhaustive` all on
     all, `sleb` by the likelihood, `oneshot` by the `criterion`. `beam`: sets kept from round to round; `per_round`:
     layers taken at once, while they cost no more together than `joint_tolerance` x what they cost one by one; `swaps`:
-    moves tried at the end. `floor`: what decides where no candidate is better than noise.
+    moves tried at the end. `floor`: what decides where no candidate is better than noise. `short_heal`: the best few of
+    every round are healed for a few steps before one is chosen.
     """
 
     layers: int | list[int] | None = None
@@ -52,7 +54,8 @@ class Search(Section):
     per_round: int = Field(1, ge=1)
     joint_tolerance: float = Field(1.25, ge=1)
     swaps: int = Field(0, ge=0)
-    floor: Literal["keep", "likelihood"] | None = None
+    floor: Literal["keep", "likelihood", "heal"] | None = None
+    short_heal: ShortHeal | None = None
     seed: int = 0
     backend: Literal["auto", "transformers", "vllm"] = "transformers"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -91,6 +94,8 @@ class Search(Section):
             raise ValueError("beam and per_round do not go together: set one of them")
         if self.strategy == "oneshot" and (self.beam > 1 or self.per_round > 1):
             raise ValueError("oneshot decides once: beam and per_round are for the other strategies")
+        if self.strategy in ("sleb", "oneshot") and self.short_heal is not None:
+            raise ValueError("short_heal chooses among the best by the objective: use strategy race or exhaustive")
         return self
 
     @property
@@ -98,6 +103,11 @@ class Search(Section):
         """Numbers of layers that stay, the most first; empty where the target is another."""
         wanted = self.layers if isinstance(self.layers, list) else [self.layers] if self.layers is not None else []
         return sorted(set(wanted), reverse=True)
+
+    @property
+    def heals(self) -> bool:
+        """Whether candidates may be healed, for which there must be training text."""
+        return self.short_heal is not None or self.floor == "heal"
 
     @property
     def decided_floor(self) -> str:

@@ -1,6 +1,8 @@
 """Scores sets of removed layers: from the ledger, else by workers; what is found once is never computed again."""
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from raylp.generate.base import LOOP_PERIOD, LOOP_REPEATS, LOOP_SPAN
+from raylp.heal.pack import Example
 from raylp.ledger import Ledger, score_facts, score_key, unit_key, write_segment
 from raylp.metrics.ngram import Statistics
 from raylp.metrics.objective import FORCED, Objective
 from raylp.search.blocks import Block
 from raylp.search.plan import Removed
-from raylp.search.worker import TRANSLATION, Force, Translate, Weigh
+from raylp.search.short_heal import ShortHeal, chosen_examples
+from raylp.search.worker import TRANSLATION, Force, HealAndTranslate, Translate, Weigh, Work
 
 ROTATIONS = 20
-Work = Translate | Force | Weigh
 Compute = Callable[[list[Work]], Iterable[tuple[Work, list[dict[str, Any]]]]]
 
 
@@ -24,8 +27,8 @@ class LedgerEvaluator:
     """See `raylp.search.strategies.Evaluator`.
 
     `compute` does pieces of work, in any order, and yields each with its lines, which it has already filed.
-    `gpus_per_worker`: to count GPU-seconds. `encode`: tokens of a translation, to make drafts of known ones. `on_unit`
-    hears of every piece that is done.
+    `gpus_per_worker`: to count GPU-seconds. `encode`: tokens of a translation, to make drafts of known ones.
+    `heals_on`: what candidates are healed on, as `short_heal` says. `on_unit` hears of every piece that is done.
     """
 
     def __init__(
@@ -42,11 +45,14 @@ class LedgerEvaluator:
         gpus_per_worker: float = 0,
         seed: int = 0,
         encode: Callable[[str], list[int]] | None = None,
+        heals_on: Sequence[Example] = (),
+        short_heal: ShortHeal | None = None,
         on_unit: Callable[[Work], None] = lambda _: None,
     ) -> None:
         self.path, self.model, self.blocks, self.objective = path, model, list(blocks), objective
         self.ledger, self.compute, self.backend, self.dtype = ledger, compute, backend, dtype
         self.gpus_per_worker, self.seed, self.encode, self.on_unit = gpus_per_worker, seed, encode, on_unit
+        self.heals_on, self.short_heal = list(heals_on), short_heal
         self.sizes = [len(block) for block in self.blocks]
         self.decoding = f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key
@@ -54,17 +60,20 @@ class LedgerEvaluator:
 
     # --- facts and lines ---
 
-    def facts(self, removed: Removed, block: Block, name: str) -> dict[str, Any]:
-        """What the line of one metric is a fact about; probabilities are always transformers'."""
+    def facts(self, removed: Removed, block: Block, name: str, healed: str = "") -> dict[str, Any]:
+        """What the line of one metric is a fact about; probabilities are always transformers'.
+
+        `healed`: names the short heal before, if there was one.
+        """
         forced = name in FORCED
         return score_facts(
             self.model,
             removed,
             block.hash,
             name if name == TRANSLATION else self.objective.filed(name, block.pair),
-            "transformers" if forced else self.backend,
+            "transformers" if forced or healed else self.backend,
             self.dtype,
-            "forced" if forced else self.decoding,
+            "forced" if forced else f"{self.decoding}|healed:{healed}" if healed else self.decoding,
         )
 
     def _find(self, removed: Removed, block: Block, name: str) -> dict[str, Any] | None:
@@ -122,6 +131,45 @@ class LedgerEvaluator:
         assert line is not None
         self._used[line["key"]] = line
         return dict(zip(layers, (row[0] for row in line["statistics"]), strict=True))
+
+    def healed(self, candidates: Sequence[Removed]) -> dict[Removed, Statistics]:
+        """The objective's rows of every candidate after a short heal, on all blocks."""
+        assert self.short_heal is not None
+        names = [name for name, _ in self.objective.weights]
+        batches = tuple(map(tuple, chosen_examples(self.heals_on, self.short_heal)))
+        content = json.dumps([self.short_heal.model_dump(), [[e.prompt, e.target] for b in batches for e in b]])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        here = [name for name in names if self.objective.is_cheap(name)] or [TRANSLATION]
+        works: list[Work] = []
+        for removed in candidates:
+            facts = {(n, m): self.facts(removed, b, m, digest) for n, b in enumerate(self.blocks) for m in here}
+            if any(self.ledger.find(score_key(own)) is None for own in facts.values()):
+                url, blocks, options = self.ledger.rundir.url, tuple(self.blocks), self.short_heal
+                works.append(
+                    HealAndTranslate(str(self.path), url, blocks, removed, batches, options, self.dtype, facts)
+                )
+        for work, lines in self.compute(works) if works else []:
+            for line in lines:
+                self.ledger.remember(line)
+            self.on_unit(work)
+        return {removed: self._healed_rows(removed, names, digest) for removed in candidates}
+
+    def _healed_rows(self, removed: Removed, names: Sequence[str], digest: str) -> Statistics:
+        rows = []
+        for block in self.blocks:
+            parts = {}
+            for name in names:
+                key = score_key(self.facts(removed, block, name, digest))
+                line = self.ledger.find(key)
+                if line is None:
+                    kept = self.ledger.translated(unit_key(self.facts(removed, block, TRANSLATION, digest)))
+                    assert kept is not None
+                    (line,) = self._score(removed, block, [name], kept["texts"], digest)
+                    self.ledger.remember(line)
+                self._used[line["key"]] = line
+                parts[name] = line["statistics"]
+            rows.append(self.objective.rows(parts, block.pair))
+        return np.concatenate(rows)
 
     def noise(self) -> float | None:
         """The best score that the unpruned model's translations reach against other sentences' references."""
@@ -212,10 +260,12 @@ class LedgerEvaluator:
                 return tuple(tuple(self.encode(text)) for text in texts)
         return None
 
-    def _score(self, removed: Removed, block: Block, names: list[str], texts: list[str]) -> Iterator[dict[str, Any]]:
+    def _score(
+        self, removed: Removed, block: Block, names: list[str], texts: list[str], healed: str = ""
+    ) -> Iterator[dict[str, Any]]:
         """Lines of metrics computed here, from translations that are there."""
         for name in names:
-            facts = self.facts(removed, block, name)
+            facts = self.facts(removed, block, name, healed)
             rows = self.objective.metric(name, block.pair).statistics(texts, block.references, block.sources)
             line = {"key": score_key(facts), **facts, "statistics": rows.tolist(), "seconds": 0.0, "worker": "driver"}
             write_segment(self.ledger.rundir, [line])

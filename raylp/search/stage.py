@@ -8,6 +8,8 @@ from typing import Any
 from raylp import cluster
 from raylp.context import Context
 from raylp.generate.pool import Pool, plan_workers
+from raylp.heal.examples import choose, tokenise
+from raylp.heal.pack import Example
 from raylp.ledger import Ledger
 from raylp.metrics.intervals import Score
 from raylp.metrics.objective import Objective, objective_name
@@ -18,15 +20,17 @@ from raylp.progress import Task
 from raylp.rundir import RunDir
 from raylp.search.blocks import Block, make_blocks
 from raylp.search.config import Search as Section
-from raylp.search.evaluator import LedgerEvaluator, Work
+from raylp.search.evaluator import LedgerEvaluator
 from raylp.search.plan import Removed, Round, num_evaluations, protected_layers
+from raylp.search.short_heal import ShortHeal
 from raylp.search.strategies import Options, Search
 from raylp.search.targets import Target, most_evaluations, target_of
-from raylp.search.worker import SearchWorker
+from raylp.search.worker import SearchWorker, Work
 
 SCHEMA = 1
 BACKEND = "backend.json"
 TIMED_SENTENCES = 8
+MAX_HEAL_TOKENS = 512
 
 
 def options_of(section: Section) -> Options:
@@ -40,6 +44,7 @@ def options_of(section: Section) -> Options:
         section.joint_tolerance,
         section.swaps,
         section.decided_floor,
+        section.short_heal.best if section.short_heal else 0,
     )
 
 
@@ -138,8 +143,20 @@ def make_evaluator(
         gpus_per_worker,
         section.seed,
         lambda text: context.prompt.target_tokens(tokenizer, text),
+        heals_on(context, tokenizer),
+        section.short_heal or ShortHeal(),
         progress.unit,
     )
+
+
+def heals_on(context: Context, tokenizer: Any) -> list[Example]:
+    """What candidates are healed on for a few steps: training pairs, but those that the prompt shows."""
+    section = context.recipe.search
+    assert section is not None
+    if not section.heals:
+        return []
+    pairs = choose(context.splits.train, [], "authentic", context.prompt.examples)
+    return tokenise(pairs, context.prompt, tokenizer, MAX_HEAL_TOKENS)
 
 
 def pinned_backend(context: Context, pool: Pool, task: Task, blocks: Sequence[Block], dtype: str) -> str:

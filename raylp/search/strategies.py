@@ -43,6 +43,10 @@ class Evaluator(Protocol):
         """A cheap criterion for each of `layers` in the model without `base`; the lowest goes first."""
         ...
 
+    def healed(self, candidates: Sequence[Removed]) -> dict[Removed, Statistics]:
+        """The objective's rows of each candidate on all blocks, after a short heal."""
+        ...
+
     def noise(self) -> float | None:
         """A score that translations of other sentences reach; None where the objective has none such."""
         ...
@@ -64,6 +68,8 @@ class Options:
     joint_tolerance: float = 1.25
     swaps: int = 0
     floor: str = "keep"
+    heal_best: int = 0
+    heal_on_floor: int = 3
 
 
 @dataclass
@@ -149,7 +155,11 @@ class Search:
         """The best `keep` of the candidates by the strategy."""
         if self.options.strategy == "sleb":
             return self._by_likelihood(candidates, keep)
-        choice = self._by_objective(candidates, keep)
+        best_few = max(keep, self.options.heal_best)
+        choice = self._by_objective(candidates, min(best_few, len(candidates)))
+        if self.options.heal_best:
+            return self._by_healing(choice, keep)
+        choice.winners = choice.winners[:keep]
         noise = self.evaluator.noise()
         best = max((c.score.value for c in choice.records if c.score), default=None)
         if noise is None or best is None or best > noise:
@@ -164,8 +174,22 @@ class Search:
             ]
             facts["floor"]["decided_by"] = "likelihood"
             return Choice(instead.winners, records, facts)
+        if self.options.floor == "heal":
+            few = self._by_likelihood(candidates, min(max(keep, self.options.heal_on_floor), len(candidates)))
+            choice.winners = few.winners
+            facts["floor"]["decided_by"] = "a short heal of the likeliest"
+            choice.facts = facts
+            return self._by_healing(choice, keep)
         choice.facts = facts
         return choice
+
+    def _by_healing(self, choice: Choice, keep: int) -> Choice:
+        """Of the choice's winners the best `keep` after a short heal."""
+        rows = self.evaluator.healed(choice.winners)
+        scores = {removed: score_with_interval(self.evaluator.objective, own) for removed, own in rows.items()}
+        order = sorted(choice.winners, key=lambda removed: (-scores[removed].value, choice.winners.index(removed)))
+        healed = [{"removed": list(removed), "score": scores[removed].as_dict()} for removed in order]
+        return Choice(order[:keep], choice.records, {**choice.facts, "healed": healed})
 
     def _by_objective(self, candidates: list[Removed], keep: int) -> Choice:
         evaluator, blocks = self.evaluator, range(len(self.evaluator.sizes))

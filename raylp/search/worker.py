@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raylp.generate.base import Output
 from raylp.generate.pool import Worker
+from raylp.heal.pack import Example
 from raylp.ledger import score_key, write_segment
 from raylp.metrics.objective import load_metric
 from raylp.rundir import RunDir
 from raylp.search.blocks import Block
+from raylp.search.short_heal import ShortHeal
 
 if TYPE_CHECKING:
     from raylp.search.forced import ForcedScorer
@@ -38,6 +41,30 @@ class Translate:
     def cost(self) -> float:
         """Tokens at most, which its time goes with."""
         return sum(request.max_new_tokens for request in self.block.requests)
+
+
+@dataclass(frozen=True)
+class HealAndTranslate:
+    """Work: heal the model without some layers for a few steps, then translate and score all blocks.
+
+    `batches`: what each step learns from; `facts`: of the line for each (block number, metric).
+    """
+
+    path: str
+    run_url: str
+    blocks: tuple[Block, ...]
+    removed: tuple[int, ...]
+    batches: tuple[tuple[Example, ...], ...]
+    options: ShortHeal
+    dtype: str
+    facts: dict[tuple[int, str], dict[str, Any]]
+
+    @property
+    def cost(self) -> float:
+        """Tokens, learned and generated."""
+        return sum(r.max_new_tokens for b in self.blocks for r in b.requests) + sum(
+            example.length for batch in self.batches for example in batch
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,33 @@ class Weigh:
         return sum(len(target) for block in self.blocks for target in block.targets)
 
 
+Work = Translate | HealAndTranslate | Force | Weigh
+
+
+def scored(
+    block: Block, outputs: Sequence[Output], facts_by_name: dict[str, dict[str, Any]], seconds: float
+) -> list[dict[str, Any]]:
+    """The lines of a translated block, one for each metric; the first keeps the translations."""
+    texts = [output.text for output in outputs]
+    tokens = [len(output.tokens) for output in outputs]
+    lines = []
+    for name, facts in facts_by_name.items():
+        if name == TRANSLATION:
+            rows: Sequence[Any] = [[count] for count in tokens]
+        else:
+            metric = load_metric(name, block.pair.partition("-")[2])
+            rows = metric.statistics(texts, block.references, block.sources).tolist()
+        lines.append({"key": score_key(facts), **facts, "statistics": rows})
+    lines[0] |= {
+        "pair": block.pair,
+        "texts": texts,
+        "tokens": sum(tokens),
+        "finish": [output.finish for output in outputs],
+        "seconds": round(seconds, 4),
+    }
+    return lines
+
+
 class SearchWorker(Worker):
     """A worker that also scores."""
 
@@ -92,7 +146,7 @@ class SearchWorker(Worker):
         self.scorers = {}
         super()._unload()
 
-    def do(self, work: Translate | Force | Weigh) -> list[dict[str, Any]]:
+    def do(self, work: Work) -> list[dict[str, Any]]:
         """The ledger lines of a piece of work."""
         lines = self._lines(work)
         for line in lines:
@@ -100,9 +154,11 @@ class SearchWorker(Worker):
         write_segment(RunDir(work.run_url), lines)
         return lines
 
-    def _lines(self, work: Translate | Force | Weigh) -> list[dict[str, Any]]:
+    def _lines(self, work: Work) -> list[dict[str, Any]]:
         if isinstance(work, Translate):
             return self._translated(work)
+        if isinstance(work, HealAndTranslate):
+            return self._healed(work)
         return self._forced(work) if isinstance(work, Force) else self._weighed(work)
 
     def _translated(self, work: Translate) -> list[dict[str, Any]]:
@@ -111,23 +167,22 @@ class SearchWorker(Worker):
         outputs, seconds = self.translate(
             work.path, backend, dtype, work.block.requests, work.removed, backend == "vllm", work.drafts
         )
-        texts = [output.text for output in outputs]
-        tokens = [len(output.tokens) for output in outputs]
+        return scored(work.block, outputs, work.facts, seconds)
+
+    def _healed(self, work: HealAndTranslate) -> list[dict[str, Any]]:
+        from raylp.search.short_heal import healed
+
+        generator: Any = self.hold(work.path, "transformers", work.dtype)
+        started = time.perf_counter()
         lines = []
-        for name, facts in work.facts.items():
-            if name == TRANSLATION:
-                rows: Sequence[Any] = [[count] for count in tokens]
-            else:
-                metric = load_metric(name, work.block.pair.partition("-")[2])
-                rows = metric.statistics(texts, work.block.references, work.block.sources).tolist()
-            lines.append({"key": score_key(facts), **facts, "statistics": rows})
-        lines[0] |= {
-            "pair": work.block.pair,
-            "texts": texts,
-            "tokens": sum(tokens),
-            "finish": [output.finish for output in outputs],
-            "seconds": round(seconds, 4),
-        }
+        with healed(generator.model, work.removed, work.batches, work.options):
+            training = time.perf_counter() - started
+            for number, block in enumerate(work.blocks):
+                started = time.perf_counter()
+                outputs = generator.generate(block.requests)
+                facts = {name: own for (other, name), own in work.facts.items() if other == number}
+                lines += scored(block, outputs, facts, time.perf_counter() - started)
+        lines[0]["seconds"] = round(lines[0]["seconds"] + training, 4)
         return lines
 
     def _forced(self, work: Force) -> list[dict[str, Any]]:
@@ -159,13 +214,14 @@ class SearchWorker(Worker):
 
     def _scorer(self, path: str, dtype: str, blocks: tuple[Block, ...]) -> "ForcedScorer":
         """For these blocks, the one of last time if it is still there: it keeps states for the next round."""
-        from raylp.search.forced import Example, ForcedScorer
+        from raylp.search.forced import Example as Forced
+        from raylp.search.forced import ForcedScorer
 
         model = self.hold(path, "transformers", dtype).model  # type: ignore[attr-defined]
         key = (path, dtype, *(block.hash for block in blocks))
         if key not in self.scorers:
             examples = [
-                Example(request.tokens, target)
+                Forced(request.tokens, target)
                 for block in blocks
                 for request, target in zip(block.requests, block.targets, strict=True)
             ]
