@@ -1,5 +1,6 @@
 """Killed in the middle, the same command goes on: the same plan, the same scores, nothing computed twice."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import toy
 import yaml
 from conftest import toy_recipe
 
+from raylp.generate.pool import IN_FLIGHT
+
 pytestmark = pytest.mark.faults
+WORKERS = 2
 
 
 def command(recipe: Path) -> list[str]:
@@ -25,38 +30,66 @@ def generations(run_dir: Path) -> int:
     return sum(len(file.read_text().splitlines()) for file in run_dir.glob("logs/generations-*"))
 
 
-def write_recipe(path: Path, model: Path, data: dict[str, Path], run_dir: Path) -> Path:
-    content = toy_recipe(
-        model, data, run_dir, search={"remove": 3, "block": 4, "strategy": "exhaustive"}, resources={"workers": 2}
-    )
-    path.write_text(yaml.safe_dump(content))
+def write_recipe(path: Path, model: Path, data: dict[str, Path], run_dir: Path, strategy: str = "exhaustive") -> Path:
+    search = {"remove": 3, "block": 4, "strategy": strategy}
+    path.write_text(yaml.safe_dump(toy_recipe(model, data, run_dir, search=search, resources={"workers": WORKERS})))
     return path
 
 
-def test_search_survives_kills(tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> None:
-    calm = write_recipe(tmp_path / "calm.yaml", toy_checkpoint, toy_data, tmp_path / "calm")
+def workers_of(driver: int) -> list[int]:
+    """The processes of the search's workers; those that are still starting have another name."""
+    found = []
+    for child in psutil.Process(driver).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.cmdline()[:1] == ["ray::SearchWorker.do"]:
+                found.append(child.pid)
+    return found
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("strategy", "kills"), [("exhaustive", 20), ("race", 6)])
+def test_search_survives_kills(
+    strategy: str, kills: int, tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]
+) -> None:
+    """`kill -9` of the driver or of a worker, again and again, while the same command is given again."""
+    calm, rough = (
+        write_recipe(tmp_path / f"{name}.yaml", toy_checkpoint, toy_data, tmp_path / name, strategy=strategy)
+        for name in ("calm", "rough")
+    )
     subprocess.run(command(calm), check=True, capture_output=True)
     undisturbed = generations(tmp_path / "calm")
-
-    recipe = write_recipe(tmp_path / "rough.yaml", toy_checkpoint, toy_data, tmp_path / "rough")
-    rng = random.Random(0)
-    kills = 0
-    while kills < 3:
-        process = subprocess.Popen(command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = generations(tmp_path / "rough")
+    random_ = random.Random(0)
+    done, in_flight = 0, 0
+    process = None
+    while done < kills:
+        if process is None:
+            process = subprocess.Popen(command(rough), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = generations(tmp_path / "rough") + random_.randint(1, max(2, undisturbed // kills - 3))
         deadline = time.monotonic() + 120
-        wanted = before + rng.randint(3, 15)
         while generations(tmp_path / "rough") < wanted and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert process.poll() is None, "it ended before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    subprocess.run(command(recipe), check=True, capture_output=True)
+            time.sleep(0.02)
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break  # it was done before the last kills
+        victims = workers_of(process.pid)
+        if victims and random_.random() < 0.5:
+            os.kill(random_.choice(victims), signal.SIGKILL)
+            in_flight += IN_FLIGHT
+        else:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            process = None
+            in_flight += WORKERS * IN_FLIGHT
+        done += 1
+    if process is not None:
+        assert process.wait() == 0
+    subprocess.run(command(rough), check=True, capture_output=True)
+    assert done > kills * 2 / 3
     plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("calm", "rough")]
     assert plans[0] == plans[1]
-    assert undisturbed <= generations(tmp_path / "rough") <= undisturbed + kills * 2 * 2
-    assert undisturbed == (1 + 6 + 5 + 4) * toy.SPLIT_SIZES["search"] // 4
+    assert undisturbed <= generations(tmp_path / "rough") <= undisturbed + in_flight
+    if strategy == "exhaustive":
+        assert undisturbed == (1 + 6 + 5 + 4) * toy.SPLIT_SIZES["search"] // 4
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> None:

@@ -23,12 +23,12 @@ from raylp.search.config import Search as Section
 from raylp.search.evaluator import LedgerEvaluator
 from raylp.search.plan import Removed, Round, num_evaluations, protected_layers
 from raylp.search.short_heal import ShortHeal
-from raylp.search.strategies import Options, Search
+from raylp.search.strategies import TIMES, Options, Search
 from raylp.search.targets import Target, most_evaluations, target_of
 from raylp.search.worker import SearchWorker, Work
 
 SCHEMA = 1
-BACKEND = "backend.json"
+RECORD = "search.json"  # what a search took, and how its backend was chosen: no part of its decisions
 TIMED_SENTENCES = 8
 MAX_HEAL_TOKENS = 512
 
@@ -90,7 +90,15 @@ def search(context: Context) -> dict[str, Any]:
             evaluator.objective.close()
     finally:
         pool.close()
-    gone = rounds[-1].gone if rounds else ()
+    gone, spent = rounds[-1].gone if rounds else (), evaluator.spent()
+    record = {
+        **_record(context),
+        "rounds": work.seconds,
+        "spent": spent,
+        "workers": layout.workers,
+        "gpus": layout.gpus,
+    }
+    context.rundir.write_json(RECORD, record)
     extra = {
         "strategy": section.strategy,
         "risk": section.risk if section.strategy == "race" else None,
@@ -98,7 +106,7 @@ def search(context: Context) -> dict[str, Any]:
         "depths": depths_of(target, rounds),
         "noise": noise,
         "stopped": work.stopped,
-        "spent": evaluator.spent(),
+        "spent": {key: value for key, value in spent.items() if key not in TIMES},
         "backend": evaluator.backend,
         "dtype": evaluator.dtype,
     }
@@ -109,7 +117,7 @@ def search(context: Context) -> dict[str, Any]:
         "sentences": sum(evaluator.sizes),
         "baseline": baseline.as_dict(),
         "score": rounds[-1].score.as_dict() if rounds and rounds[-1].score else None,
-        "spent": evaluator.spent(),
+        "spent": spent,
         "workers": layout.workers,
         "lines_known_before": already,
         "stopped": work.stopped,
@@ -165,7 +173,7 @@ def pinned_backend(context: Context, pool: Pool, task: Task, blocks: Sequence[Bl
     assert section is not None
     if section.backend != "auto":
         return section.backend
-    if not context.rundir.exists(BACKEND):
+    if "backend" not in _record(context):
         num_layers = stack_size(context.baseline)
         free = sorted(set(range(num_layers)) - protected_layers(section.protect, num_layers))
         views = [(), *((free[len(free) * k // 3],) for k in range(min(3, len(free))))]
@@ -174,11 +182,14 @@ def pinned_backend(context: Context, pool: Pool, task: Task, blocks: Sequence[Bl
         work = [None]
         call = lambda worker, _: worker.choose_backend.remote(path, dtype, asked, views)  # noqa: E731
         ((_, choice),) = pool.run(work, call, task)
-        context.rundir.write_json(
-            BACKEND, {"backend": choice.backend, "seconds": choice.seconds, "problems": choice.problems}
-        )
+        timed = {"backend": choice.backend, "backend_seconds": choice.seconds, "backend_problems": choice.problems}
+        context.rundir.write_json(RECORD, timed)
         context.reporter.line(choice.text())
-    return context.rundir.read_json(BACKEND)["backend"]
+    return _record(context)["backend"]
+
+
+def _record(context: Context) -> dict[str, Any]:
+    return context.rundir.read_json(RECORD) if context.rundir.exists(RECORD) else {}
 
 
 class Progress:

@@ -17,6 +17,8 @@ from raylp.search.plan import Candidate, Removed, Round
 from raylp.search.race import race
 from raylp.search.targets import Target
 
+TIMES = ("seconds", "gpu_seconds")
+
 
 class Evaluator(Protocol):
     """What scores sets of layers. Blocks are numbered; `sizes`: sentences in each."""
@@ -96,6 +98,7 @@ class Search:
         self.on_round, self.on_look = on_round, on_look
         self.rounds: list[Round] = []
         self.stopped: str | None = None
+        self.seconds: list[dict[str, float]] = []  # of every round
         self._last: dict[int, float] = {}  # each layer's score in the last round: who is measured first in the next
         self._baseline: Score | None = None
 
@@ -343,4 +346,7 @@ class Search:
         self.on_round(self.rounds)
 
     def _cost(self, before: dict[str, float]) -> dict[str, Any]:
-        return {key: value - before.get(key, 0) for key, value in self.evaluator.spent().items()}
+        """What a round took; seconds apart, since they are no part of the decision and differ from run to run."""
+        spent = {key: value - before.get(key, 0) for key, value in self.evaluator.spent().items()}
+        self.seconds.append({key: spent.pop(key) for key in TIMES if key in spent})
+        return spent
