@@ -214,7 +214,7 @@ class Plan:
     @property
     def searched(self) -> bool:
         """Whether the layers were found by comparing candidates, and not given."""
-        return any(round_.candidates for round_ in self.rounds)
+        return bool(self.strategy) or any(round_.candidates for round_ in self.rounds)
 
     @property
     def sentences(self) -> int | None:
@@ -459,9 +459,12 @@ def _read_round(entry: dict[str, Any], number: int, gone: tuple[int, ...], befor
 
 
 def _read_cost(entry: dict[str, Any]) -> Cost:
-    units, sentences, forced = (_finite(entry.get(name)) for name in ("units", "sentences", "forced_sentences"))
+    counts = [_finite(entry.get(name)) for name in ("units", "sentences", "forced_sentences")]
+    units, sentences, forced = (None if count is None else int(count) for count in counts)
     return Cost(
-        *(None if count is None else int(count) for count in (units, sentences, forced)),
+        units=units,
+        sentences=sentences,
+        forced_sentences=forced,
         seconds=_finite(entry.get("seconds")),
         gpu_seconds=_finite(entry.get("gpu_seconds")),
     )

@@ -15,6 +15,7 @@ from raylp.report.search_words import (
     measure_value,
     objective_digits,
     objective_label,
+    objective_word,
     search_lines,
 )
 from raylp.rundir import RunDir
@@ -46,11 +47,12 @@ def render_plan(rundir: RunDir, console: Console) -> None:
     console.print()
     for line in (*search_lines(plan, objective, digits), *joint_sentences(plan, digits)):
         console.print(line, markup=False, highlight=False)
-    console.print(rounds_table(plan, objective, digits))
+    if plan.rounds:
+        console.print(rounds_table(plan, objective, digits))
     if plan.baseline is not None:
         whole = numbers.plus_minus(plan.baseline, objective, digits)
         console.print(f"With all layers: {whole}.", markup=False, highlight=False)
-    for line in notes(plan, objective):
+    for line in notes(plan, objective_word(weights)) if plan.rounds else []:
         console.print(line, style="dim", markup=False, highlight=False)
 
 
@@ -66,17 +68,18 @@ def strip(plan: Plan) -> Text:
 
 
 def rounds_table(plan: Plan, objective: str, digits: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     costly = any(round_.cost.sentences is not None for round_ in plan.rounds)
-    names = ("round", "removed", "score\nwithout", "change", "runner-up", "ahead\nby", "tried", "scored\non")
+    names = ("round", "out", "score\nwithout", "change", "runner-up", "ahead\nby", "tried", "scored\non")
     for name in (*names, "gener-\nated") if costly else names:
-        table.add_column(name, justify="right", no_wrap=name != "removed")
+        narrow = {"out": 4, "runner-up": 9}.get(name)
+        table.add_column(name, justify="right", no_wrap=narrow is None, min_width=narrow)
     for round_ in plan.rounds:
         removed = numbers.layers(round_.removed)
         if round_.restored:
             removed += f" (back: {numbers.layers(round_.restored)})"
         if round_.swap and not removed:
-            removed = "no swap"
+            removed = "none"
         if round_.floor is not None:
             removed += " *"
         row = [
@@ -134,5 +137,5 @@ def _shown(round_: Round, digits: int) -> str:
 
 
 def _label(candidate: Candidate) -> str:
-    back = f" (back: {numbers.layers(candidate.back)})" if candidate.back else ""
+    back = f" for {numbers.layers(candidate.back, '+')}" if candidate.back else ""
     return numbers.layers(candidate.layers, "+") + back

@@ -37,6 +37,7 @@ FAMILIES = {"baseline": "pruned", "pruned": "pruned", "baseline-healed": "healed
 OTHERS = (("#8b5fbf", "v"), ("#b0506d", "P"), ("#6b8e23", "X"))
 WIDTH = 6.4
 # One hue from light to dark, so that it reads without seeing colours, and in print.
+# So few steps that the scale beside the map is drawn and not embedded as an image.
 HEAT, HEAT_STEPS = ("#f1f5fa", "#9db9dc", "#3465a4", "#13233b"), 40
 COST = "#9fb8b3"
 MOVES_SHOWN = 12
@@ -88,9 +89,7 @@ def plot_round(
     with _axes(2.75) as (figure, axes):
         shown = round_.ranked[:MOVES_SHOWN] if round_.swap else sorted(round_.ranked, key=lambda c: c.layers)
         single = all(len(candidate.layers) == 1 and not candidate.back for candidate in shown)
-        places = {
-            (c.layers, c.back): float(c.layers[0] if single else number) for number, c in enumerate(shown) if c.layers
-        }
+        places = {(c.layers, c.back): float(c.layers[0] if single else number) for number, c in enumerate(shown)}
         if baseline is not None and not round_.by_importance:
             axes.axhline(baseline.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
@@ -148,8 +147,8 @@ def round_title(round_: Round) -> str:
 
 
 def candidate_label(candidate: Candidate) -> str:
-    """`9`, `9+12`; for a swap `9 (5 back)`."""
-    back = f" ({numbers.layers(candidate.back, '+')} back)" if candidate.back else ""
+    """`9`, `9+12`; for a swap `9 (back: 5)`."""
+    back = f" (back: {numbers.layers(candidate.back)})" if candidate.back else ""
     return numbers.layers(candidate.layers, "+") + back
 
 
@@ -190,7 +189,13 @@ def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chr
     colors = LinearSegmentedColormap.from_list("loss", HEAT, N=HEAT_STEPS)
     norm = PowerNorm(0.5, 0, most)
     tall = min(0.3, max(0.2, 5.4 / num_layers))
-    with _axes(1.75 + tall * len(rounds), grid="") as (figure, axes):
+    inches = tall * len(rounds)
+    above, below, left = 0.9, 1.15, 0.6
+    height = above + inches + below
+    with _axes(height, grid="") as (figure, axes):
+        # Placed by hand: the room around the map is the same however many rounds there are.
+        figure.set_layout_engine("none")
+        axes.set_position((left / WIDTH, below / height, 1 - (left + 0.1) / WIDTH, inches / height))
         for (row, layer), (loss, sure) in cells.items():
             side = 0.9 if sure else 0.5
             corner = (layer - side / 2, row - side / 2)
@@ -202,17 +207,18 @@ def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chr
             taken_at["gone"] += [(layer, row) for layer in round_.gone if layer not in round_.restored]
             taken_at["taken"] += [(layer, row) for layer in round_.removed]
             taken_at["back"] += [(layer, row) for layer in round_.restored]
-        marks = {
+        marks: dict[str, tuple[str, str, dict[str, Any]]] = {
             "taken": ("o", "removed in this round", {"markersize": 7, "markerfacecolor": STYLES["healed"][0]}),
             "back": ("^", "put back", {"markersize": 7, "markerfacecolor": STYLES["pruned"][0]}),
             "gone": ("x", "gone already", {"markersize": 4, "markeredgecolor": FAINT}),
         }
-        handles = [Line2D([], [], marker="s", linestyle="", markersize=10, color=HEAT[1], label="scored to the end")]
+        squares = {"candidate": 10.0}
         if any(not sure for _, sure in cells.values()):
-            early = Line2D(
-                [], [], marker="s", linestyle="", markersize=5.5, color=HEAT[1], label="dropped early, less sure"
-            )
-            handles.append(early)
+            squares = {"scored to the end": 10.0, "dropped early, less sure": 5.5}
+        handles = [
+            Line2D([], [], marker="s", linestyle="", markersize=side, color=HEAT[1], label=label)
+            for label, side in squares.items()
+        ]
         for name, (marker, label, looks) in marks.items():
             if taken_at[name]:
                 xs, ys = zip(*taken_at[name], strict=True)
@@ -229,10 +235,8 @@ def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chr
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_xlabel("layer, in the original model’s numbering")
         axes.set_ylabel("round")
-        # Fewer colours than would make the bar an image.
-        bar = figure.colorbar(
-            ScalarMappable(norm, colors), ax=axes, orientation="horizontal", aspect=46, pad=0.02, fraction=0.06
-        )
+        place = figure.add_axes((left / WIDTH, 0.52 / height, 1 - (left + 0.1) / WIDTH, 0.1 / height))
+        bar = figure.colorbar(ScalarMappable(norm, colors), cax=place, orientation="horizontal")
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=10)
         bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=6))

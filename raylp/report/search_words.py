@@ -17,6 +17,11 @@ def objective_label(weights: Mapping[str, float]) -> str:
     return " + ".join(f"{weight:g} × {names[name]}" for name, weight in weights.items())
 
 
+def objective_word(weights: Mapping[str, float]) -> str:
+    """The objective within a sentence, where a mix's label would be too long."""
+    return objective_label(weights) if len(weights) == 1 else "the weighted sum"
+
+
 def objective_digits(weights: Mapping[str, float], plan: Plan | None) -> int:
     """Decimals of the objective, the same for all its scores and differences."""
     names = list(weights)
@@ -72,12 +77,15 @@ def at_the_floor(plan: Plan) -> list[Round]:
     return [round_ for round_ in plan.rounds if round_.floor is not None]
 
 
-def floor_sentences(plan: Plan, objective: str, digits: int) -> list[str]:
+def floor_sentences(plan: Plan, digits: int) -> list[str]:
     """The noise floor, and which rounds it made undecidable by the objective."""
     if plan.noise is None and not at_the_floor(plan):
         return []
     noise = plan.noise if plan.noise is not None else max(r.floor.noise for r in plan.rounds if r.floor)
-    text = [f"{numbers.fixed(noise, digits)} {objective} is reached by translations of other sentences: noise."]
+    objective = objective_word(plan.objective or {"chrF2++": 1.0})
+    text = [
+        f"Translations of other sentences reach {numbers.fixed(noise, digits)} by {objective}: below that is noise."
+    ]
     found = at_the_floor(plan)
     likely = [round_.number for round_ in found if round_.by_importance]
     rest = [round_.number for round_ in found if not round_.by_importance]
@@ -182,7 +190,7 @@ def search_facts(plan: Plan, objective: str, digits: int) -> list[tuple[str, lis
     groups = [
         ("Strategy", [strategy_sentence(plan), swap_sentence(plan)]),
         ("Objective", [objective_sentence(plan, objective)] if plan.objective else []),
-        ("Noise floor", floor_sentences(plan, objective, digits)),
+        ("Noise floor", floor_sentences(plan, digits)),
         ("Cost", [f"{cost}." if (cost := cost_sentence(plan)) else ""]),
         ("Several at once", joint_sentences(plan, digits)),
         ("Depths", depths if len(depths) > 1 else []),
@@ -208,7 +216,7 @@ def search_lines(plan: Plan, objective: str, digits: int) -> list[str]:
     how = [STRATEGIES.get(plan.strategy, plan.strategy), f"objective {objective}"]
     if plan.risk is not None:
         how.insert(1, f"risk {plan.risk:.3g} a round")
-    floor = floor_sentences(plan, objective, digits)
+    floor = floor_sentences(plan, digits)
     depths = [f"{layers} ({numbers.layers(removed) or 'none'})" for layers, removed in plan.depths]
     lines = [
         ("search", ", ".join(part for part in how if part) if plan.strategy else ""),
