@@ -4,7 +4,7 @@ Every figure is about 460 units wide, so that it can be read in a column of a wi
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from raylp.report import numbers
 from raylp.report.contents import Candidate, HealLog, Model, Plan, Round, Stat
 from raylp.report.facts import SPEED_MEASURES, Gain
-from raylp.report.search_words import measure_label, measure_value
+from raylp.report.search_words import LIKELIHOOD_LOSS, measure_label, measure_value
 
 INK, MUTED, FAINT, GRID = "#1c2430", "#5d6875", "#a3abb5", "#e6e8ea"
 # Told apart by lightness and by marker too, not by hue alone.
@@ -91,10 +91,12 @@ def plot_round(
         single = all(len(candidate.layers) == 1 and not candidate.back for candidate in shown)
         places = {(c.layers, c.back): float(c.layers[0] if single else number) for number, c in enumerate(shown)}
         if baseline is not None and not round_.by_importance:
+            at_right = not any(places[c.layers, c.back] > num_layers / 2 for c in shown if c in round_.taken)
             axes.axhline(baseline.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                f"all layers {numbers.fixed(baseline.value, digits)}", (1, baseline.value), (0, 3), color=MUTED,
-                fontsize=10.5, xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+                f"all layers {numbers.fixed(baseline.value, digits)}", (0.99 if at_right else 0.01, baseline.value),
+                (0, 3), color=MUTED, fontsize=10.5, xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right" if at_right else "left", va="bottom",
             )  # fmt: skip
         others: dict[bool, list[tuple[float, Stat]]] = {True: [], False: []}
         for candidate in shown:
@@ -102,7 +104,9 @@ def plot_round(
             assert stat is not None
             place = places[candidate.layers, candidate.back]
             if candidate in round_.taken:
-                label = f"{candidate_label(candidate)}: {measure_value(round_, stat, digits)}"
+                label = candidate_label(candidate)
+                if len(round_.taken) == 1:
+                    label += f": {measure_value(round_, stat, digits)}"
                 _draw_taken(axes, place, stat, label, below=round_.by_importance)
             else:
                 others[round_.dropped_early(candidate)].append((place, stat))
@@ -130,7 +134,8 @@ def plot_round(
             axes.set_xticklabels(labels, rotation=90 if crowded else 0, fontsize=8 if crowded else 10)
             axes.set_xlabel("best moves: layer out (layer back)" if round_.swap else "candidate: layers left out")
         label = measure_label(round_, metric)
-        axes.set_ylabel(label if len(label) < 30 else "objective")
+        short = "loss, nats per token" if label == LIKELIHOOD_LOSS else "objective"
+        axes.set_ylabel(label if len(label) < 30 else short)
         axes.set_title(round_title(round_))
         taken = numbers.layers(round_.removed) or "none"
         return _svg(
@@ -174,7 +179,7 @@ def round_limits(rounds: Sequence[Round], baseline: Stat | None) -> tuple[float,
         return 0.0, 1.0
     low = min(stat.low if stat.low is not None else stat.value for stat in stats)
     high = max(stat.high if stat.high is not None else stat.value for stat in stats)
-    room = max(high - low, 1e-3)
+    room = high - low or 1e-3
     return low - (0.2 if below else 0.07) * room, high + (0.07 if below else 0.2) * room
 
 
@@ -188,9 +193,30 @@ def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chr
     most = max((loss for loss, _ in cells.values()), default=0.0) or 1.0
     colors = LinearSegmentedColormap.from_list("loss", HEAT, N=HEAT_STEPS)
     norm = PowerNorm(0.5, 0, most)
-    tall = min(0.3, max(0.2, 5.4 / num_layers))
-    inches = tall * len(rounds)
-    above, below, left = 0.9, 1.15, 0.6
+    squares = {"candidate": 10.0}
+    if any(not sure for _, sure in cells.values()):
+        squares = {"scored to the end": 10.0, "dropped early, less sure": 5.5}
+    handles = [
+        Line2D([], [], marker="s", linestyle="", markersize=side, color=HEAT[1], label=label)
+        for label, side in squares.items()
+    ]
+    marks = [
+        Line2D(
+            [layer for layer, _ in points], [row for _, row in points], linestyle="", zorder=4, marker=marker,
+            label=label, markersize=size, markerfacecolor=color, markeredgecolor=edge, markeredgewidth=1,
+        )
+        for label, points, marker, size, color, edge in (
+            ("removed in this round", _at(rounds, lambda r: r.removed), "o", 7.0, STYLES["healed"][0], "white"),
+            ("put back", _at(rounds, lambda r: r.restored), "^", 7.0, STYLES["pruned"][0], "white"),
+            ("gone already", _at(rounds, lambda r: set(r.gone) - set(r.restored)), "x", 4.0, FAINT, FAINT),
+        )
+        if points
+    ]  # fmt: skip
+    handles += marks
+    columns = min(3, len(handles))
+    legend_rows = -(-len(handles) // columns)
+    inches = min(0.3, max(0.2, 5.4 / num_layers)) * len(rounds)
+    above, below, left = 0.36 + 0.27 * legend_rows, 1.15, 0.6
     height = above + inches + below
     with _axes(height, grid="") as (figure, axes):
         # Placed by hand: the room around the map is the same however many rounds there are.
@@ -199,32 +225,10 @@ def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chr
         for (row, layer), (loss, sure) in cells.items():
             side = 0.9 if sure else 0.5
             corner = (layer - side / 2, row - side / 2)
-            axes.add_patch(
-                Rectangle(corner, side, side, facecolor=colors(norm(loss)), edgecolor="#c3ccd8", linewidth=0.4)
-            )
-        taken_at: dict[str, list[tuple[int, int]]] = {"gone": [], "taken": [], "back": []}
-        for row, round_ in enumerate(rounds):
-            taken_at["gone"] += [(layer, row) for layer in round_.gone if layer not in round_.restored]
-            taken_at["taken"] += [(layer, row) for layer in round_.removed]
-            taken_at["back"] += [(layer, row) for layer in round_.restored]
-        marks: dict[str, tuple[str, str, dict[str, Any]]] = {
-            "taken": ("o", "removed in this round", {"markersize": 7, "markerfacecolor": STYLES["healed"][0]}),
-            "back": ("^", "put back", {"markersize": 7, "markerfacecolor": STYLES["pruned"][0]}),
-            "gone": ("x", "gone already", {"markersize": 4, "markeredgecolor": FAINT}),
-        }
-        squares = {"candidate": 10.0}
-        if any(not sure for _, sure in cells.values()):
-            squares = {"scored to the end": 10.0, "dropped early, less sure": 5.5}
-        handles = [
-            Line2D([], [], marker="s", linestyle="", markersize=side, color=HEAT[1], label=label)
-            for label, side in squares.items()
-        ]
-        for name, (marker, label, looks) in marks.items():
-            if taken_at[name]:
-                xs, ys = zip(*taken_at[name], strict=True)
-                looks = {"markeredgecolor": "white", "markeredgewidth": 1, **looks}
-                axes.plot(xs, ys, marker, linestyle="", zorder=4, **looks)
-                handles.append(Line2D([], [], marker=marker, linestyle="", label=label, **looks))
+            color = colors(norm(loss))
+            axes.add_patch(Rectangle(corner, side, side, facecolor=color, edgecolor="#c3ccd8", linewidth=0.4))
+        for mark in marks:
+            axes.add_line(mark)
         axes.set_xlim(-0.6, num_layers - 0.4)
         axes.set_ylim(len(rounds) - 0.4, -0.6)
         step = 1 if num_layers <= 20 else 2 if num_layers <= 40 else 5
@@ -239,19 +243,23 @@ def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chr
         bar = figure.colorbar(ScalarMappable(norm, colors), cax=place, orientation="horizontal")
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=10)
-        bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         measure = measure_label(rounds[0], metric)
         what = "importance" if rounds[0].by_importance else "points lost"
         bar.set_label(f"{what} against the round’s best; dark: the layer matters", color=MUTED)
-        columns = min(3, len(handles))
         axes.legend(
             handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2,
             handlelength=1.2,
         )  # fmt: skip
-        axes.set_title(f"Importance by {measure}", pad=12 + 18 * -(-len(handles) // columns))
+        axes.set_title(f"Importance by {measure}", pad=12 + 18 * legend_rows)
         slug = f"importance-{'by-importance' if rounds[0].by_importance else 'by-score'}"
         return _svg(figure, slug, f"Importance of each layer in each round, by {measure}")
+
+
+def _at(rounds: Sequence[Round], layers: Callable[[Round], Iterable[int]]) -> list[tuple[int, int]]:
+    """(layer, row) of all that `layers` finds in each round."""
+    return [(layer, row) for row, round_ in enumerate(rounds) for layer in layers(round_)]
 
 
 def _losses(round_: Round) -> dict[int, tuple[float, bool]]:
@@ -259,8 +267,7 @@ def _losses(round_: Round) -> dict[int, tuple[float, bool]]:
     ranked = round_.ranked
     if not ranked:
         return {}
-    best = next((stat for c in round_.taken if (stat := round_.measured(c)) is not None), None)
-    first = best or round_.measured(ranked[0])
+    first = round_.measured(ranked[0])
     assert first is not None
     found: dict[int, tuple[float, bool]] = {}
     for candidate in ranked:

@@ -54,7 +54,7 @@ def strategy_sentence(plan: Plan) -> str:
         text = "Race: all candidates start on the same few sentences, those that can no longer win are dropped."
         if plan.risk is not None:
             text += (
-                f" Stated risk {100 * plan.risk:.3g}% a round: how likely it is at most to take a layer that scoring "
+                f" Stated risk {100 * plan.risk:.3g}%: in at most so many rounds it takes a layer that scoring "
                 "everything would have found clearly worse than its own choice."
             )
         return text
@@ -181,9 +181,10 @@ def swap_sentence(plan: Plan) -> str:
 
 def search_facts(plan: Plan, objective: str, digits: int) -> list[tuple[str, list[str]]]:
     """Names, and sentences under each; what the plan does not say is left out."""
+    word = objective_word(plan.objective or {"chrF2++": 1.0})
     depths = [
         f"{layers} layers left: without {numbers.layers(removed) or 'none'}"
-        + (f" ({objective} {numbers.plus_minus(score, objective, digits)})" if score else "")
+        + (f" ({word} {numbers.plus_minus(score, objective, digits)})" if score else "")
         for layers, removed in plan.depths
         for score in [plan.score_without(removed)]
     ]
@@ -203,6 +204,8 @@ def objective_sentence(plan: Plan, objective: str) -> str:
     """What was to be kept as high as possible."""
     if len(plan.objective) > 1:
         return f"A weighted sum: {objective}. Points and losses here are of that sum."
+    if plan.strategy in ("sleb", "oneshot"):
+        return f"{objective} is reported, but did not decide."
     return {
         "likelihood": "likelihood: the mean log-probability of a reference’s token, in nats.",
         "agreement": "agreement: minus the divergence from the unpruned model (KL), in nats per token.",
