@@ -794,6 +794,22 @@ def test_a_change_between_scores_of_different_sentences_is_marked_rough(tmp_path
     assert "~−1.7" in plan_text(rundir) and "the change is rough" in Structure(page(rundir)).text
 
 
+def test_a_runner_up_that_lost_on_fewer_sentences_is_set_against_the_winner_there(tmp_path: Path) -> None:
+    plan = race_plan(18, 1, None, 0)
+    by_layer = {candidate["removed"][-1]: candidate for candidate in plan["rounds"][0]["candidates"]}
+    best, second, rest = by_layer.pop(14), by_layer.pop(15), by_layer.values()
+    best |= {"score": interval(50.0, 2, 48), "sentences": 48}
+    second |= {"score": interval(49.4, 2, 48), "sentences": 48}
+    for candidate in rest:
+        candidate["sentences"] = 16
+    plan["rounds"][0]["score"] = interval(48.9, 2, 128)
+    rundir = run_of(tmp_path, plan)
+    row = next(line.split() for line in plan_text(rundir).splitlines() if line.split()[:2] == ["1", "14"])
+    assert row[2:8] == ["48.9", "±2.0", "−3.9", "15:", "49.4", "0.60"]
+    assert "on the sentences both were scored on" in " ".join(plan_text(rundir).split())
+    assert "on 48 sentences" in Structure(page(rundir)).text
+
+
 def test_a_plan_of_before_has_no_word_of_what_it_does_not_hold(finished: RunDir, finished_page: str) -> None:
     text = Structure(finished_page).text
     for absent in ("Stated risk", "Noise floor", "Ended early", "Depths", "workers’ time"):

@@ -149,7 +149,9 @@ class Round:
         if first is None or second is None or (not self.by_importance and first.sentences != second.sentences):
             return None
         ours, theirs = self.measured(first), self.measured(second)
-        return None if ours is None or theirs is None else abs(ours.value - theirs.value)
+        if ours is None or theirs is None:
+            return None
+        return theirs.value - ours.value if self.by_importance else ours.value - theirs.value
 
     @property
     def reached(self) -> Stat | None:

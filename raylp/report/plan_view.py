@@ -110,11 +110,19 @@ def notes(plan: Plan, objective: str) -> list[str]:
     found = [f"{text} Change: what the round did to the score."]
     if early:
         found[0] += " Candidates that fell behind were dropped before all sentences were scored."
+    if any(_apart(round_) for round_ in plan.rounds):
+        found.append("Ahead by: on the sentences both were scored on, which may be fewer than the score without is of.")
     if any(round_.change and not round_.like_for_like for round_ in plan.rounds):
         found.append("~ the two scores are of different numbers of sentences: the change is rough.")
     if at_the_floor(plan):
         found.append("* no candidate was better than noise; see noise floor above.")
     return found
+
+
+def _apart(round_: Round) -> bool:
+    """Whether the winner was scored further than the runner-up was when it lost."""
+    second, score = round_.runner_up, round_.reached
+    return bool(not round_.by_importance and second and score and score.n and second.sentences != score.n)
 
 
 def _change(round_: Round, digits: int) -> str:

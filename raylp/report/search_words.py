@@ -99,7 +99,7 @@ def floor_sentences(plan: Plan, digits: int) -> list[str]:
             f"In {rounds_named(rest)} no candidate was better than that, and {objective} decided all the same: the "
             f"{'choice is' if len(rest) == 1 else 'choices are'} little better than chance."
         )
-    if not found:
+    if not found and plan.strategy not in ("sleb", "oneshot"):
         text.append("Every round had a candidate above it.")
     return text
 
