@@ -57,6 +57,94 @@ def search_plan() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def race_plan(num_layers: int = 32, count: int = 16, floor_from: int | None = 14, swaps: int = 2) -> dict[str, Any]:
+    """A race over 128 sentences as the search files it: looks at 16, 32, 48, 80, 128; noise at the end; swaps."""
+    draw = random.Random(7)
+    weight = [35 * 0.75**layer + draw.uniform(0.2, 7) for layer in range(num_layers)]
+    weight[num_layers - 2] += 8
+    rounds: list[dict[str, Any]] = []
+    gone: list[int] = []
+    score, looks = 52.8, [16, 32, 48, 80, 128]
+
+    def cost(sentences: int, forced: int = 0) -> dict[str, Any]:
+        seconds = sentences * 0.11
+        spent = {"units": sentences // 16, "sentences": sentences, "forced_sentences": forced}
+        return {**spent, "seconds": seconds, "gpu_seconds": seconds}
+
+    def tried(sets: list[list[int]], lost: dict[int, float], best: float) -> list[dict[str, Any]]:
+        found = []
+        for removed in sets:
+            behind = lost[removed[-1]] - best
+            look = next((n for n, most in enumerate((12, 6, 3, 1.2)) if behind > most), 4 if behind else None)
+            seen = looks[4 if look is None else look]
+            value = max(2.0, score - lost[removed[-1]] + draw.uniform(-1, 1) * (behind > 1.2))
+            candidate = {"removed": removed, "score": interval(value, 22 / seen**0.5, seen), "sentences": seen}
+            found.append(candidate if look is None else {**candidate, "dropped_at": look, "bound": 2.0 - behind})
+        return found
+
+    for number in range(1, count + 1):
+        free = [layer for layer in range(1, num_layers - 1) if layer not in gone]
+        lost = {layer: weight[layer] * (1 + 0.12 * len(gone)) for layer in free}
+        taken = min(free, key=lost.__getitem__)
+        candidates = tried([[*gone, layer] for layer in free], lost, lost[taken])
+        at_floor = floor_from is not None and number >= floor_from
+        facts: dict[str, Any] = {"strategy": "race", "risk": 0.05, "looks": 5}
+        if at_floor:
+            facts["floor"] = {"noise": 13.2, "best": 12.4, "decided_by": "likelihood"}
+            for candidate in candidates:
+                candidate["score"]["value"] = draw.uniform(8, 12.4)
+                candidate["importance"] = 4 + 0.3 * lost[candidate["removed"][-1]] ** 0.7
+        facts |= cost(sum(c["sentences"] for c in candidates), 128 * len(free) if at_floor else 0)
+        gone, score = [*gone, taken], max(9.0, score - lost[taken])
+        after = interval(score, 22 / 128**0.5, 128)
+        rounds.append({"removed": [taken], "restored": [], "score": after, "candidates": candidates, **facts})
+    for move in range(swaps):
+        free = [layer for layer in range(1, num_layers - 1) if layer not in gone]
+        sets = [[*(layer for layer in gone if layer != back), layer] for back in gone for layer in free]
+        best = free[3]
+        lost = {layer: weight[layer] + 1 for layer in free} | {best: 0.5}
+        candidates = tried(sets, lost, 0.5)
+        helps = move < swaps - 1
+        back, taken_, score = gone[0], best, score + 0.3 * helps
+        facts = {"strategy": "race", "risk": 0.05, "looks": 5, "move": "swap"}
+        facts |= cost(sum(c["sentences"] for c in candidates))
+        rounds.append(
+            {
+                "removed": [taken_] if helps else [], "restored": [back] if helps else [],
+                "score": interval(score, 1.9, 128), "candidates": candidates, **facts,
+            }
+        )  # fmt: skip
+        gone = [*(layer for layer in gone if layer != back), taken_] if helps else gone
+    first = [r["removed"][0] for r in rounds[: count // 2]]
+    spent = cost(128 + sum(r["sentences"] for r in rounds), sum(r["forced_sentences"] for r in rounds))
+    return {
+        "schema": 1, "model": "CohereForAI/aya-expanse-8b", "stack": "model.layers", "num_layers": num_layers,
+        "removed": gone, "baseline": interval(52.8, 1.9, 128), "rounds": rounds, "backend": "vllm", "dtype": "bfloat16",
+        "strategy": "race", "risk": 0.05, "objective": {"chrF2++": 1.0}, "noise": 13.2, "stopped": None, "spent": spent,
+        "depths": [
+            {"layers": num_layers - len(first), "removed": first}, {"layers": num_layers - len(gone), "removed": gone},
+        ],
+    }  # fmt: skip
+
+
+def cheap_plan(strategy: str) -> dict[str, Any]:
+    """`sleb` or `oneshot` as the search files it: no scores but the last, an importance for every candidate."""
+    plan = search_plan()
+    criterion = {"criterion": "block-influence"} if strategy == "oneshot" else {}
+    for number, round_ in enumerate(plan["rounds"]):
+        for candidate in round_["candidates"]:
+            layer, value = candidate["removed"][-1], candidate["score"]["value"]
+            candidate["importance"] = (
+                8 - value / 8 if strategy == "sleb" else 1e-5 * {5: 1, 9: 2, 3: 3}.get(layer, 4 + layer * 7 % 18)
+            )
+            candidate |= {"score": None, "sentences": 48 if strategy == "sleb" else 0}
+        round_ |= {"strategy": strategy, "score": round_["score"] if number == 2 else None, **criterion}
+        generated, forced = (48 if number == 2 else 0), (0 if strategy == "oneshot" else 48 * len(round_["candidates"]))
+        round_ |= {"units": 0, "sentences": generated, "forced_sentences": forced, "seconds": 9.0, "gpu_seconds": 0}
+    spent = {"units": 6, "sentences": 96, "forced_sentences": 2_160, "seconds": 61.0, "gpu_seconds": 0}
+    return {**plan, "strategy": strategy, "risk": None, "objective": {"chrF2++": 1.0}, "noise": None, "spent": spent}
+
+
 def speeds(factor: float) -> dict[str, Any]:
     """`c1` and `c8`, so many times as fast as the baseline."""
     return {
@@ -294,7 +382,7 @@ def test_the_page_holds_every_part_and_its_figures(finished_page: str) -> None:
     seen = Structure(finished_page)
     parts = ["removed", "models", "speed", "healing", "translations", "fair", "provenance"]
     assert seen.sections() == parts
-    assert seen.tags.count("svg") == 3 + 2 + 2 + 1 + 1
+    assert seen.tags.count("svg") == 3 + 2 + 2 + 2 + 1 + 1
     for figure in (
         "93.2% (90.2% to 96.1%)",
         "268 → 249 M",
@@ -517,6 +605,218 @@ def test_groups_of_layers_and_swaps_are_shown(tmp_path: Path) -> None:
     assert ">7+8<" in page(rundir)
 
 
+def run_of(path: Path, plan: dict[str, Any]) -> RunDir:
+    """A run directory that holds a plan and nothing else."""
+    rundir = RunDir(str(path))
+    rundir.write_json("plan.json", plan)
+    return rundir
+
+
+def cells(svg: str, side: float, num_layers: int) -> int:
+    """Squares of a heat map that are `side` of a column wide."""
+    column = (plots.WIDTH - 0.7) * 72 / (num_layers + 0.2)
+    found = 0
+    for path in re.findall(r'<path d="([^"]+)"[^>]*stroke: #c3ccd8', svg):
+        xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", path)]
+        found += abs(max(xs) - min(xs) - side * column) < 0.05
+    return found
+
+
+def test_the_page_tells_how_a_race_went(tmp_path: Path) -> None:
+    plan = race_plan()
+    seen = Structure(page(run_of(tmp_path, plan)))
+    spent, everything = plan["spent"]["sentences"], 128 * (1 + sum(len(r["candidates"]) for r in plan["rounds"]))
+    for said in (
+        "Stated risk 5%",
+        "Translations of other sentences reach 13.2 by chrF2++: below that is noise.",
+        "In rounds 14 to 16 no candidate was better than that, so chrF2++ could not tell them apart: they were decided "
+        "by the likelihood of the references.",
+        f"{spent:,} sentences generated, {everything / spent:.1f} times fewer than the {everything:,} of scoring every "
+        "candidate on all 128 sentences",
+        "scored by likelihood, without generating",
+        "of workers’ time",
+        "1 swap at the end (a layer back, another out) helped. The last one found nothing better.",
+        f"24 layers left: without {', '.join(map(str, plan['depths'][0]['removed']))} (chrF2++ 33.6 ±1.9)",
+        "Round 15 (decided by the likelihood)",
+        "Round 17 (swap)",
+        "Rounds that the likelihood decided have a map of their own",
+    ):
+        assert said in seen.text, said
+    assert seen.text.count("by likelihood") == 3 + 1 and seen.text.count("no better swap") == 1
+    assert "Ended early" not in seen.text
+
+
+def test_the_terminal_tells_the_same_in_80_columns(tmp_path: Path) -> None:
+    rundir = run_of(tmp_path, race_plan())
+    text = plan_text(rundir, 80)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    rows = {words[0]: words[1:] for words in map(str.split, text.splitlines()) if len(words) > 8}
+    assert rows["1"][:4] == ["21", "52.2", "±1.9", "−0.6"] and rows["1"][-3:] == ["30", "128", "1,792"]
+    assert rows["14"][:2] == ["12", "*"] and "* no candidate was better than noise" in text
+    for shown in (text, tables(rundir, 80)):
+        joined = " ".join(shown.split())
+        assert "search: race, risk 0.05 a round, objective chrF2++" in joined
+        assert "sentences generated, 3.0 times fewer than" in joined and "rounds 14 to 16 no candidate" in joined
+        assert "layers left: 24 (" in joined
+
+
+def test_a_round_at_the_floor_that_the_objective_decided_is_called_chance(tmp_path: Path) -> None:
+    plan = race_plan(18, 3, floor_from=3, swaps=0)
+    plan["rounds"][2]["floor"]["decided_by"] = "the objective all the same"
+    seen = Structure(page(run_of(tmp_path, plan))).text
+    assert "In round 3 no candidate was better than that, and chrF2++ decided all the same" in seen
+    assert "the choice is little better than chance" in seen and "Round 3 (not above noise)" in seen
+
+
+def test_importance_has_a_cell_for_every_candidate_smaller_where_it_was_dropped_early(tmp_path: Path) -> None:
+    plan = race_plan(18, 3, floor_from=None, swaps=0)
+    rounds = read_contents(run_of(tmp_path, plan)).plan
+    assert rounds is not None
+    svg = plots.plot_importance(rounds.rounds, 18)
+    early = [sum(c["sentences"] < 128 for c in r["candidates"]) for r in plan["rounds"]]
+    assert cells(svg, 0.5, 18) == sum(early) > 0
+    assert cells(svg, 0.9, 18) == 16 + 15 + 14 - sum(early)
+    assert "dropped early, less sure" in svg and "removed in this round" in svg and "put back" not in svg
+    assert "<image" not in svg
+
+
+def test_the_layer_of_a_round_that_matters_most_is_the_darkest(tmp_path: Path) -> None:
+    plan = read_contents(run_of(tmp_path, race_plan(18, 1, floor_from=None, swaps=0))).plan
+    assert plan is not None
+    losses = plots._losses(plan.rounds[0])
+    assert losses[plan.removed[0]] == (0.0, True)
+    assert max(losses, key=lambda layer: losses[layer][0]) in (1, 2) and set(losses) == set(range(1, 17))
+
+
+def test_cost_is_drawn_against_scoring_everything(tmp_path: Path) -> None:
+    found = race_plan(18, 3, floor_from=None, swaps=0)
+    plan = read_contents(run_of(tmp_path, found)).plan
+    assert plan is not None
+    assert [plan.everything(round_) for round_ in plan.rounds] == [128 * n for n in (16, 15, 14)]
+    svg = plots.plot_cost(plan)
+    for round_ in found["rounds"]:
+        assert f"{128 * len(round_['candidates']) / round_['sentences']:.1f}×" in svg
+
+
+def test_a_score_of_comet_keeps_its_decimals_and_a_mix_is_told_as_one(tmp_path: Path) -> None:
+    def scaled(stat: dict[str, Any]) -> dict[str, Any]:
+        return {**stat, **{key: stat[key] / 60 for key in ("value", "low", "high")}}
+
+    plan = race_plan(18, 3, floor_from=None, swaps=0)
+    mix = {**plan, "objective": {"chrF2++": 0.5, "/models/wmt22-comet-da/checkpoints/model.ckpt": 50}}
+    text = Structure(page(run_of(tmp_path / "mix", mix))).text
+    assert "A weighted sum: 0.5 × chrF2++ + 50 × wmt22-comet-da." in text and "reach 13.2 by the weighted sum" in text
+    assert "objective without it" in text
+    plan |= {"objective": {"Unbabel/wmt22-comet-da": 1.0}, "noise": 0.4119, "baseline": scaled(plan["baseline"])}
+    for round_ in plan["rounds"]:
+        round_["score"] = scaled(round_["score"])
+        for candidate in round_["candidates"]:
+            candidate["score"] = scaled(candidate["score"])
+    rundir = run_of(tmp_path / "comet", plan)
+    text = Structure(page(rundir)).text
+    assert (
+        "reach 0.412 by wmt22-comet-da" in text and "all layers 0.880" in text and "wmt22-comet-da without it" in text
+    )
+    shown = plan_text(rundir, 80)
+    assert "0.852 ±0.032" in shown and "−0.028" in shown and "…" not in shown
+
+
+def test_a_search_by_the_likelihood_has_losses_instead_of_scores(tmp_path: Path) -> None:
+    rundir = run_of(tmp_path, cheap_plan("sleb"))
+    seen = Structure(page(rundir))
+    assert "nothing was translated to decide" in seen.text and "chrF2++ is reported, but did not decide" in seen.text
+    assert "Importance by loss of the references, nats per token" in seen.text
+    assert "2,160 scored by likelihood, without generating" in seen.text
+    assert seen.tags.count("svg") == 1 + 1 + 3
+    first = next(line for line in plan_text(rundir).splitlines() if line.split()[:2] == ["1", "5"])
+    assert first.split()[2:6] == ["–", "–", "9:", "2.226"]
+
+
+def test_layers_ordered_once_have_one_map_and_one_plot(tmp_path: Path) -> None:
+    seen = Structure(page(run_of(tmp_path, cheap_plan("oneshot"))))
+    assert "by block influence in the whole model" in seen.text and "2.00e−5" in seen.text
+    assert seen.tags.count("svg") == 1 + 1 + 1
+
+
+def test_candidates_of_a_beam_and_of_swaps_are_told_by_what_they_change(tmp_path: Path) -> None:
+    def tried(*sets: list[int]) -> list[dict[str, Any]]:
+        return [{"removed": each, "score": interval(40 - n, 2), "sentences": 48} for n, each in enumerate(sets)]
+
+    rounds = [
+        {"removed": [5], "restored": [], "score": interval(44, 2), "candidates": tried([5], [7])},
+        {"removed": [7, 9], "restored": [5], "score": interval(43, 2), "candidates": tried([7, 9], [5, 9])},
+        {
+            "removed": [3],
+            "restored": [7],
+            "score": interval(43, 2),
+            "candidates": tried([9, 3], [7, 2]),
+            "move": "swap",
+        },
+        {"removed": [], "restored": [], "score": interval(43, 2), "candidates": tried([9, 2]), "move": "swap"},
+    ]
+    plan = {**search_plan(), "rounds": rounds, "removed": [9, 3]}
+    found = read_contents(run_of(tmp_path, plan)).plan
+    assert found is not None and len(found.rounds) == 4
+    assert [[(c.layers, c.back) for c in r.candidates] for r in found.rounds] == [
+        [((5,), ()), ((7,), ())], [((7, 9), (5,)), ((9,), ())], [((3,), (7,)), ((2,), (9,))], [((2,), (3,))],
+    ]  # fmt: skip
+    assert [r.winner.layers if r.winner else None for r in found.rounds] == [(5,), (7, 9), (3,), None]
+    text = plan_text(RunDir(str(tmp_path)))
+    assert "2 for 9: 39.0" in text and "1 swap at the end" in text
+
+
+def test_layers_taken_together_are_told_with_what_they_cost(tmp_path: Path) -> None:
+    plan = search_plan()
+    joint = [
+        {"removed": [5, 9, 3], "loss": 3.31, "allowed": 2.75}, {"removed": [5, 9], "loss": 1.2, "allowed": 1.38},
+    ]  # fmt: skip
+    together = {**plan["rounds"][0], "removed": [5, 9], "score": None, "strategy": "exhaustive", "joint": joint}
+    plan |= {"rounds": [together], "removed": [5, 9], "strategy": "exhaustive"}
+    rundir = run_of(tmp_path, plan)
+    for text in (Structure(page(rundir)).text, plan_text(rundir)):
+        assert "Round 1: 5 + 9 + 3 together cost 3.3, allowed 2.8: too much." in text
+        assert "Round 1: 5 + 9 together cost 1.2, allowed 1.4: taken." in text
+
+
+def test_why_a_search_ended_early_is_said_even_if_nothing_was_removed(tmp_path: Path) -> None:
+    why = "without [3] the loss would be 2.10, at most 2 is allowed"
+    plan = {**race_plan(18, 1, None, 0), "rounds": [], "removed": [], "depths": [], "stopped": why}
+    rundir = run_of(tmp_path, plan)
+    seen = Structure(page(rundir)).text
+    assert "Without [3] the loss would be 2.10, at most 2 is allowed." in seen and "given in the recipe" not in seen
+    assert f"ended early: {why}" in plan_text(rundir) and "given, not searched" not in plan_text(rundir)
+
+
+def test_a_change_between_scores_of_different_sentences_is_marked_rough(tmp_path: Path) -> None:
+    plan = race_plan(18, 2, None, 0)
+    plan["rounds"][0]["score"]["n"] = 48
+    rundir = run_of(tmp_path, plan)
+    assert "~−1.7" in plan_text(rundir) and "the change is rough" in Structure(page(rundir)).text
+
+
+def test_a_runner_up_that_lost_on_fewer_sentences_is_set_against_the_winner_there(tmp_path: Path) -> None:
+    plan = race_plan(18, 1, None, 0)
+    by_layer = {candidate["removed"][-1]: candidate for candidate in plan["rounds"][0]["candidates"]}
+    best, second, rest = by_layer.pop(14), by_layer.pop(15), by_layer.values()
+    best |= {"score": interval(50.0, 2, 48), "sentences": 48}
+    second |= {"score": interval(49.4, 2, 48), "sentences": 48}
+    for candidate in rest:
+        candidate["sentences"] = 16
+    plan["rounds"][0]["score"] = interval(48.9, 2, 128)
+    rundir = run_of(tmp_path, plan)
+    row = next(line.split() for line in plan_text(rundir).splitlines() if line.split()[:2] == ["1", "14"])
+    assert row[2:8] == ["48.9", "±2.0", "−3.9", "15:", "49.4", "0.60"]
+    assert "on the sentences both were scored on" in " ".join(plan_text(rundir).split())
+    assert "on 48 sentences" in Structure(page(rundir)).text
+
+
+def test_a_plan_of_before_has_no_word_of_what_it_does_not_hold(finished: RunDir, finished_page: str) -> None:
+    text = Structure(finished_page).text
+    for absent in ("Stated risk", "Noise floor", "Ended early", "Depths", "workers’ time"):
+        assert absent not in text
+    assert "search:" not in plan_text(finished) and "gener-" not in plan_text(finished)
+
+
 def test_a_plan_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `raylp search RECIPE` first"):
         render_plan(RunDir(str(tmp_path)), Console(file=io.StringIO()))
@@ -587,6 +887,12 @@ def test_plots_have_text_and_no_drawing_of_nothing() -> None:
         (numbers.milliseconds(Stat(1204.2)), "1,204"),
         (numbers.milliseconds(Stat(8.314)), "8.31"),
         (numbers.milliseconds(Stat(0.0523)), "0.052"),
+        (numbers.general(0.00002), "2.00e−5"),
+        (numbers.general(2.3604), "2.360"),
+        (numbers.general(0.0), "0.0000"),
+        (numbers.metric_name("chrF2++"), "chrF2++"),
+        (numbers.metric_name("Unbabel/wmt22-comet-da"), "wmt22-comet-da"),
+        (numbers.metric_name("/m/xcomet-xl/checkpoints/model.ckpt"), "xcomet-xl"),
         (numbers.score(Stat(0.8718), "wmt22-comet-da"), "0.872"),
         (numbers.score(Stat(87.18), "XCOMET-XL"), "87.2"),
         (numbers.plus_minus(Stat(0.8512, 0.8432, 0.8592), "my-own-checkpoint"), "0.851 ±0.008"),

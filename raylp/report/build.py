@@ -1,5 +1,6 @@
 """The page of a run: one file that loads nothing from elsewhere."""
 
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any, TextIO
 
@@ -9,8 +10,9 @@ from rich.console import Console
 
 from raylp.report import facts as derive
 from raylp.report import numbers, plots
-from raylp.report.contents import STAGE_NAMES, Contents, Stat, Translation, read_contents, read_stat
+from raylp.report.contents import STAGE_NAMES, Contents, Plan, Stat, Translation, read_contents, read_stat
 from raylp.report.facts import Facts
+from raylp.report.search_words import measure_value, objective_digits, objective_label, search_facts
 from raylp.report.tables import print_tables
 from raylp.rundir import RunDir
 
@@ -48,7 +50,11 @@ def render_page(contents: Contents) -> str:
         )
     }  # fmt: skip
     environment.globals |= {"score": numbers.score, "interval": numbers.interval, "difference": numbers.difference}
-    environment.globals |= {"verdict": numbers.verdict, "span": span, "change": change}
+    environment.globals |= {"verdict": numbers.verdict, "span": span}
+    environment.globals |= {"plus_minus": numbers.plus_minus, "measure_value": measure_value, "fixed": numbers.fixed}
+    environment.globals |= {"candidate_label": plots.candidate_label}
+    metric, digits = objective(contents)
+    rounds = contents.plan.rounds if contents.plan else ()
     template = environment.from_string(_resource("page.html.jinja"))
     return template.render(
         css=Markup(_resource("page.css")),
@@ -67,7 +73,13 @@ def render_page(contents: Contents) -> str:
         details=details(contents),
         model_name=model_name(contents),
         descriptions=descriptions(contents),
-        search_metric=search_metric(contents),
+        search_metric=metric,
+        short_metric=metric if len(metric) < 24 else "objective",
+        digits=digits,
+        early=any(r.dropped_early(c) for r in rounds for c in r.candidates),
+        rough=any(r.change is not None and not r.like_for_like for r in rounds),
+        floored=any(r.floor is not None for r in rounds),
+        search_facts=search_facts(contents.plan, metric, digits) if contents.plan else [],
         resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
         speed_reference=facts.gains[0].reference if facts.gains else "",
         failed_requests=contents.bench.get("errors") or 0,
@@ -134,19 +146,11 @@ def span(stat: Stat | None) -> str:
     return f"{numbers.significant(stat.low)} to {numbers.significant(stat.high)}"
 
 
-def change(after: Stat, before: Stat, metric: str) -> str:
-    return numbers.difference(Stat(after.value - before.value), metric)
-
-
 def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     """Plots by section; a list is empty when there is nothing to draw."""
-    drawn: dict[str, list[str]] = {"rounds": [], "quality": [], "speed": [], "heal": [], "seconds": []}
-    plan = contents.plan
-    if plan:
-        scored = [round_ for round_ in plan.rounds if round_.ranked]
-        limits = plots.round_limits(scored, plan.baseline)
-        metric = search_metric(contents)
-        drawn["rounds"] = [plots.plot_round(each, plan.num_layers, plan.baseline, limits, metric) for each in scored]
+    drawn: dict[str, list[str]] = {"search": [], "rounds": [], "quality": [], "speed": [], "heal": [], "seconds": []}
+    if contents.plan:
+        drawn |= search_drawings(contents.plan, *objective(contents))
     deep = [model for model in contents.models if model.layers is not None]
     if len({model.layers for model in deep if model.scores}) > 1:
         main = derive.main_metric(contents)
@@ -171,6 +175,23 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     if len(seconds) > 1:
         drawn["seconds"] = [plots.plot_seconds(seconds)]
     return {section: [Markup(svg) for svg in svgs] for section, svgs in drawn.items()}
+
+
+def search_drawings(plan: Plan, metric: str, digits: int) -> dict[str, list[str]]:
+    """Heat maps and cost (`search`), and a plot for each round (`rounds`)."""
+    measured = [round_ for round_ in plan.rounds if round_.ranked]
+    if plan.strategy == "oneshot" and measured:
+        # All its rounds are one: layers were ordered once, and nothing is measured anew.
+        measured = [replace(measured[0], removed=plan.removed)]
+    alike = [[r for r in measured if r.by_importance == other] for other in (False, True)]
+    limits = [plots.round_limits(rounds, plan.baseline) for rounds in alike]
+    maps = [plots.plot_importance(rounds, plan.num_layers, metric) for rounds in alike if rounds]
+    costs = any(round_.generated is not None and plan.everything(round_) for round_ in plan.rounds)
+    rounds = [
+        plots.plot_round(each, plan.num_layers, plan.baseline, limits[each.by_importance], metric, digits)
+        for each in measured
+    ]
+    return {"search": [*maps, *([plots.plot_cost(plan)] if costs else [])], "rounds": rounds}
 
 
 def places(contents: Contents) -> list[tuple[str, str]]:
@@ -290,8 +311,9 @@ def model_name(contents: Contents) -> str:
     return contents.plan.model if contents.plan else ""
 
 
-def search_metric(contents: Contents) -> str:
-    return str(_mapping(contents.recipe.get("search")).get("metric") or "chrF2++")
+def objective(contents: Contents) -> tuple[str, int]:
+    """What the search went by, in words, and its decimals."""
+    return objective_label(contents.objective), objective_digits(contents.objective, contents.plan)
 
 
 def descriptions(contents: Contents) -> list[tuple[str, str]]:

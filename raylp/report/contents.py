@@ -37,11 +37,48 @@ class Stat:
 
 @dataclass(frozen=True)
 class Candidate:
-    """`layers`: what this candidate takes out beyond what was gone before its round."""
+    """`layers`: what this candidate takes out beyond what was gone before its round; `back`: what it puts back.
+
+    `importance`: a loss or a criterion, the lowest goes first. `dropped_at`: the look of the race that dropped it, from
+    0; `bound`: the most by which it may have beaten the leader there.
+    """
 
     layers: tuple[int, ...]
     score: Stat | None
     sentences: int | None
+    back: tuple[int, ...] = ()
+    importance: float | None = None
+    dropped_at: int | None = None
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent. Seconds are the workers' together, so more than wall time; None: not noted."""
+
+    units: int | None = None
+    sentences: int | None = None
+    forced_sentences: int | None = None
+    seconds: float | None = None
+    gpu_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """No candidate of a round was better than `noise`; `best`: what the best of them reached."""
+
+    noise: float
+    best: float | None
+    decided_by: str
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Several layers tried at once: what they cost together, and the most they were allowed to."""
+
+    layers: tuple[int, ...]
+    loss: float
+    allowed: float
 
 
 @dataclass(frozen=True)
@@ -55,32 +92,105 @@ class Round:
     score: Stat | None
     before: Stat | None
     candidates: tuple[Candidate, ...]
+    strategy: str = ""
+    risk: float | None = None
+    looks: int | None = None
+    criterion: str = ""
+    swap: bool = False
+    floor: Floor | None = None
+    joint: tuple[Joint, ...] = ()
+    cost: Cost = Cost()
+
+    @property
+    def by_importance(self) -> bool:
+        """Whether another measure than the objective's score decided: a loss or a criterion, the lowest first."""
+        if self.floor is not None and self.floor.decided_by == "likelihood":
+            return True
+        return bool(self.candidates) and all(candidate.score is None for candidate in self.candidates)
+
+    def measured(self, candidate: Candidate) -> Stat | None:
+        """By what the round was decided: the objective's score, or the measure that stood in for it."""
+        if not self.by_importance:
+            return candidate.score
+        return None if candidate.importance is None else Stat(candidate.importance)
 
     @property
     def ranked(self) -> list[Candidate]:
-        """Scored candidates, best first; those dropped early, on fewer sentences, come after the others."""
-        scored = [c for c in self.candidates if c.score is not None]
-        return sorted(scored, key=lambda c: (self.dropped_early(c), -c.score.value if c.score else 0.0, c.layers))
+        """Measured candidates, best first; those dropped on fewer sentences come after the others."""
+        sign = 1.0 if self.by_importance else -1.0
+
+        def place(candidate: Candidate) -> tuple[float, float, tuple[int, ...]]:
+            stat = self.measured(candidate)
+            seen = 0 if self.by_importance else -(candidate.sentences or 0)
+            return seen, sign * stat.value if stat else 0.0, candidate.layers
+
+        return sorted((c for c in self.candidates if self.measured(c) is not None), key=place)
+
+    @property
+    def taken(self) -> list[Candidate]:
+        """What went: one candidate, or, where several layers went at once, the candidate of each."""
+        exact = [c for c in self.candidates if set(c.layers) == set(self.removed) and set(c.back) == set(self.restored)]
+        return exact or [c for c in self.candidates if c.layers and not c.back and set(c.layers) <= set(self.removed)]
 
     @property
     def winner(self) -> Candidate | None:
-        """The candidate that was taken."""
-        return next((c for c in self.candidates if set(c.layers) == set(self.removed)), None)
+        """The candidate that was taken; None where several were."""
+        return self.taken[0] if len(self.taken) == 1 else None
 
     @property
     def runner_up(self) -> Candidate | None:
         """The best of those that were not taken."""
-        return next((c for c in self.ranked if set(c.layers) != set(self.removed)), None)
+        return next((c for c in self.ranked if c not in self.taken), None)
+
+    @property
+    def ahead(self) -> float | None:
+        """How far the winner was ahead of the runner-up, where both were measured on the same number of sentences."""
+        first, second = self.winner, self.runner_up
+        if first is None or second is None or (not self.by_importance and first.sentences != second.sentences):
+            return None
+        ours, theirs = self.measured(first), self.measured(second)
+        if ours is None or theirs is None:
+            return None
+        return theirs.value - ours.value if self.by_importance else ours.value - theirs.value
+
+    @property
+    def reached(self) -> Stat | None:
+        """The objective's score after the round."""
+        return self.score or (self.winner.score if self.winner else None)
+
+    @property
+    def change(self) -> Stat | None:
+        """What the round did to the score, each as far as it was measured."""
+        return Stat(self.reached.value - self.before.value) if self.reached and self.before else None
+
+    @property
+    def like_for_like(self) -> bool:
+        """Whether the scores before and after are of the same number of sentences."""
+        return self.reached is None or self.before is None or self.reached.n == self.before.n
+
+    @property
+    def generated(self) -> int | None:
+        """Sentences translated in the round; where it was not noted, as many as its candidates were scored on."""
+        if self.cost.sentences is not None:
+            return self.cost.sentences
+        counts = [c.sentences for c in self.candidates if c.score is not None and c.sentences is not None]
+        return sum(counts) if counts else None
 
     def dropped_early(self, candidate: Candidate) -> bool:
-        """Whether the race ended for it before all sentences were scored."""
+        """Whether the race ended for it before it ended for the others."""
+        if self.by_importance:
+            return False
         most = max((c.sentences or 0 for c in self.candidates), default=0)
         return (candidate.sentences or most) < most
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`baseline`: the unpruned model's score on the search sentences, where the plan has it."""
+    """`baseline`: the unpruned model's score on the search sentences, where the plan has it.
+
+    `objective`: weights by metric. `depths`: (layers left, layers removed) of each model asked for, the largest first.
+    `noise`: the score that translations of other sentences reach. `stopped`: why the search ended early.
+    """
 
     model: str
     stack: str
@@ -90,6 +200,13 @@ class Plan:
     baseline: Stat | None
     backend: str
     dtype: str
+    objective: dict[str, float] = field(default_factory=dict)
+    strategy: str = ""
+    risk: float | None = None
+    depths: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    noise: float | None = None
+    stopped: str = ""
+    spent: Cost = Cost()
 
     @property
     def kept(self) -> list[int]:
@@ -98,8 +215,28 @@ class Plan:
 
     @property
     def searched(self) -> bool:
-        """Whether the layers were found by scoring candidates, and not given."""
-        return any(round_.candidates for round_ in self.rounds)
+        """Whether the layers were found by comparing candidates, and not given."""
+        return bool(self.strategy) or any(round_.candidates for round_ in self.rounds)
+
+    @property
+    def sentences(self) -> int | None:
+        """How many sentences the search has: what a candidate scored in full is scored on."""
+        if self.baseline is not None and self.baseline.n:
+            return self.baseline.n
+        return max((c.sentences or 0 for round_ in self.rounds for c in round_.candidates), default=0) or None
+
+    def everything(self, round_: Round) -> int | None:
+        """Sentences that scoring every candidate of a round in full takes."""
+        return None if self.sentences is None else len(round_.candidates) * self.sentences
+
+    def score_without(self, removed: tuple[int, ...]) -> Stat | None:
+        """The objective without exactly these layers, where a round ended there."""
+        gone: set[int] = set()
+        found = None
+        for round_ in self.rounds:
+            gone = (gone | set(round_.removed)) - set(round_.restored)
+            found = round_.reached if gone == set(removed) else found
+        return found
 
 
 @dataclass(frozen=True)
@@ -196,6 +333,13 @@ class Contents:
         return sorted(found, key=lambda setting: (concurrency(setting) or 0, setting))
 
     @property
+    def objective(self) -> dict[str, float]:
+        """What the search went by, as weights of metrics: the plan's word, else the recipe's, else chrF++."""
+        search = _mapping(self.recipe.get("search"))
+        asked = read_objective(search.get("objective")) or read_objective(search.get("metric"))
+        return (self.plan.objective if self.plan else {}) or asked or {"chrF2++": 1.0}
+
+    @property
     def adapted_first(self) -> bool:
         """Whether the model was fine-tuned before pruning, so that `baseline` is the adapted one."""
         heal = self.recipe.get("heal")
@@ -247,19 +391,14 @@ def read_plan(rundir: RunDir) -> Plan:
     gone: tuple[int, ...] = ()
     score = baseline
     for entry in content.get("rounds") or []:
-        removed, restored = _beyond(gone, entry.get("removed")), tuple(entry.get("restored") or ())
-        candidates = tuple(
-            Candidate(_beyond(gone, found.get("removed")), read_stat(found.get("score")), found.get("sentences"))
-            for found in entry.get("candidates") or []
-        )
-        after = read_stat(entry.get("score"))
-        if not removed and not restored and not candidates:
+        round_ = _read_round(entry, len(rounds) + 1, gone, score)
+        if not round_.removed and not round_.restored and not round_.candidates:
             # A round in which nothing happens is how the unpruned model's own score is noted.
-            baseline = score = baseline or after
+            baseline = score = baseline or round_.score
             continue
-        rounds.append(Round(len(rounds) + 1, gone, removed, restored, after, score, candidates))
-        gone = tuple(index for index in (*gone, *removed) if index not in restored)
-        score = after
+        rounds.append(round_)
+        gone = tuple(index for index in (*gone, *round_.removed) if index not in round_.restored)
+        score = round_.score
     return Plan(
         model=_name(content.get("model")),
         stack=str(content.get("stack", "")),
@@ -269,7 +408,81 @@ def read_plan(rundir: RunDir) -> Plan:
         baseline=baseline,
         backend=str(content.get("backend") or ""),
         dtype=str(content.get("dtype") or ""),
+        objective=read_objective(content.get("objective")),
+        strategy=str(content.get("strategy") or ""),
+        risk=_finite(content.get("risk")),
+        depths=tuple((int(d["layers"]), tuple(d["removed"])) for d in content.get("depths") or []),
+        noise=_finite(content.get("noise")),
+        stopped=str(content.get("stopped") or ""),
+        spent=_read_cost(_mapping(content.get("spent"))),
     )
+
+
+def _read_round(entry: dict[str, Any], number: int, gone: tuple[int, ...], before: Stat | None) -> Round:
+    listed = [tuple(found.get("removed") or ()) for found in entry.get("candidates") or []]
+    swap = entry.get("move") == "swap"
+    # Candidates of a beam or a swap need not hold all that is gone: they are told as whole sets, like the others.
+    whole = swap or any(set(gone) <= set(each) for each in listed)
+    floor = _mapping(entry.get("floor"))
+    noise = _finite(floor.get("noise"))
+    return Round(
+        number=number,
+        gone=gone,
+        removed=_beyond(gone, entry.get("removed")),
+        restored=tuple(entry.get("restored") or ()),
+        score=read_stat(entry.get("score")),
+        before=before,
+        candidates=tuple(
+            Candidate(
+                layers=tuple(index for index in each if index not in gone) if whole else each,
+                score=read_stat(found.get("score")),
+                sentences=found.get("sentences"),
+                back=tuple(index for index in gone if index not in each) if whole else (),
+                importance=_finite(found.get("importance")),
+                dropped_at=found.get("dropped_at"),
+                bound=_finite(found.get("bound")),
+            )
+            for each, found in zip(listed, entry.get("candidates") or [], strict=True)
+        ),
+        strategy=str(entry.get("strategy") or ""),
+        risk=_finite(entry.get("risk")),
+        looks=entry.get("looks"),
+        criterion=str(entry.get("criterion") or ""),
+        swap=swap,
+        floor=None
+        if noise is None
+        else Floor(noise, _finite(floor.get("best")), str(floor.get("decided_by") or "the objective all the same")),
+        joint=tuple(
+            Joint(_beyond(gone, found.get("removed")), float(found["loss"]), float(found["allowed"]))
+            for found in entry.get("joint") or []
+        ),
+        cost=_read_cost(entry),
+    )
+
+
+def _read_cost(entry: dict[str, Any]) -> Cost:
+    counts = [_finite(entry.get(name)) for name in ("units", "sentences", "forced_sentences")]
+    units, sentences, forced = (None if count is None else int(count) for count in counts)
+    return Cost(
+        units=units,
+        sentences=sentences,
+        forced_sentences=forced,
+        seconds=_finite(entry.get("seconds")),
+        gpu_seconds=_finite(entry.get("gpu_seconds")),
+    )
+
+
+def read_objective(value: Any) -> dict[str, float]:
+    """Weights by metric, from a name, a list of names or a mapping; `chrF++` is filed as sacrebleu's `chrF2++`."""
+    if isinstance(value, str):
+        value = {value: 1.0}
+    if isinstance(value, list):
+        value = dict.fromkeys(map(str, value), 1.0)
+    return {
+        "chrF2++" if str(name).lower() in ("chrf++", "chrf2++") else str(name): weight
+        for name, raw in _mapping(value).items()
+        if (weight := _finite(raw)) is not None
+    }
 
 
 def read_stat(value: Any) -> Stat | None:

@@ -207,10 +207,9 @@ def write_headline(
 
 
 def main_metric(contents: Contents) -> str | None:
-    """What the search went by, if the models were scored by it too."""
-    search = contents.recipe.get("search")
-    wanted = search.get("metric") if isinstance(search, dict) else None
-    return wanted if wanted in contents.metrics else next(iter(contents.metrics), None)
+    """What the search went by, if the models were scored by it too; of a mix, the first that they were scored by."""
+    known = [metric for metric in contents.objective if metric in contents.metrics]
+    return next(iter([*known, *contents.metrics]), None)
 
 
 def main_kept(contents: Contents, kept: Iterable[Kept]) -> list[Kept]:

@@ -30,22 +30,39 @@ def significant(value: float, digits: int = 3) -> str:
     return fixed(value, max(0, digits - whole) if whole else digits)
 
 
-def score(stat: Stat | None, metric: str) -> str:
-    return NONE if stat is None else fixed(stat.value, decimals(metric, stat.value))
+def general(value: float) -> str:
+    """Three significant digits or more whatever the size, for measures without a usual scale."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+    return significant(value, 4) if abs(value) >= 1 else fixed(value, 4)
 
 
-def plus_minus(stat: Stat | None, metric: str) -> str:
+def metric_name(name: str) -> str:
+    """`wmt22-comet-da` for a checkpoint that is named by its place."""
+    parts = [part for part in name.split("/") if part]
+    while len(parts) > 1 and (parts[-1].endswith(".ckpt") or parts[-1] == "checkpoints"):
+        parts.pop()
+    return parts[-1] if parts else name
+
+
+def score(stat: Stat | None, metric: str, digits: int | None = None) -> str:
+    return NONE if stat is None else fixed(stat.value, decimals(metric, stat.value) if digits is None else digits)
+
+
+def plus_minus(stat: Stat | None, metric: str, digits: int | None = None) -> str:
     """`48.2 ±1.9`."""
     if stat is None or stat.half is None:
-        return score(stat, metric)
-    return f"{score(stat, metric)} ±{fixed(stat.half, decimals(metric, stat.value))}"
+        return score(stat, metric, digits)
+    digits = decimals(metric, stat.value) if digits is None else digits
+    return f"{score(stat, metric, digits)} ±{fixed(stat.half, digits)}"
 
 
-def interval(stat: Stat | None, metric: str = "", sign: bool = False) -> str:
+def interval(stat: Stat | None, metric: str = "", sign: bool = False, digits: int | None = None) -> str:
     """`46.3 to 50.1`; nothing without an interval."""
     if stat is None or stat.low is None or stat.high is None:
         return ""
-    digits = decimals(metric, stat.value)
+    digits = decimals(metric, stat.value) if digits is None else digits
     return f"{fixed(stat.low, digits, sign)} to {fixed(stat.high, digits, sign)}"
 
 

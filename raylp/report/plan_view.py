@@ -8,14 +8,22 @@ from rich.text import Text
 
 from raylp.errors import UserError
 from raylp.report import numbers
-from raylp.report.contents import Candidate, Plan, read_plan
+from raylp.report.contents import Candidate, Plan, Round, read_plan
+from raylp.report.search_words import (
+    at_the_floor,
+    joint_sentences,
+    measure_value,
+    objective_digits,
+    objective_label,
+    objective_word,
+    search_lines,
+)
 from raylp.rundir import RunDir
-
-METRIC = "chrF2++"
 
 
 def render_plan(rundir: RunDir, console: Console) -> None:
-    """The removed layers in order, a strip of all layers, and each round's winner, runner-up and reason.
+    """The removed layers in order, a strip of all layers, how the search went, and each round's winner and
+    runner-up.
 
     Raises:
         UserError: there is no plan yet.
@@ -34,12 +42,18 @@ def render_plan(rundir: RunDir, console: Console) -> None:
     if not plan.searched:
         console.print("The layers were given, not searched for: no candidates were scored.", highlight=False)
         return
+    weights = plan.objective or {"chrF2++": 1.0}
+    objective, digits = objective_label(weights), objective_digits(weights, plan)
     console.print()
-    console.print(rounds_table(plan))
+    for line in (*search_lines(plan, objective, digits), *joint_sentences(plan, digits)):
+        console.print(line, markup=False, highlight=False)
+    if plan.rounds:
+        console.print(rounds_table(plan, objective, digits))
     if plan.baseline is not None:
-        whole = numbers.plus_minus(plan.baseline, METRIC)
-        console.print(f"With all layers: {whole}.", highlight=False)
-    console.print(reason(plan), style="dim", markup=False, highlight=False)
+        whole = numbers.plus_minus(plan.baseline, objective, digits)
+        console.print(f"With all layers: {whole}.", markup=False, highlight=False)
+    for line in notes(plan, objective_word(weights)) if plan.rounds else []:
+        console.print(line, style="dim", markup=False, highlight=False)
 
 
 def strip(plan: Plan) -> Text:
@@ -53,40 +67,83 @@ def strip(plan: Plan) -> Text:
     return text
 
 
-def rounds_table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("round", "removed", "score\nwithout", "change", "runner-up", "ahead\nby", "tried", "sentences"):
-        table.add_column(name, justify="right", no_wrap=True)
+def rounds_table(plan: Plan, objective: str, digits: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    costly = any(round_.cost.sentences is not None for round_ in plan.rounds)
+    names = ("round", "out", "score\nwithout", "change", "runner-up", "ahead\nby", "tried", "scored\non")
+    for name in (*names, "gener-\nated") if costly else names:
+        narrow = {"out": 4, "runner-up": 9}.get(name)
+        table.add_column(name, justify="right", no_wrap=narrow is None, min_width=narrow)
     for round_ in plan.rounds:
-        winner, second = round_.winner, round_.runner_up
-        score = round_.score or (winner.score if winner else None)
         removed = numbers.layers(round_.removed)
         if round_.restored:
             removed += f" (back: {numbers.layers(round_.restored)})"
-        table.add_row(
+        if round_.swap and not removed:
+            removed = "none"
+        if round_.floor is not None:
+            removed += " *"
+        row = [
             str(round_.number),
             removed or numbers.NONE,
-            numbers.plus_minus(score, METRIC),
-            numbers.fixed(score.value - round_.before.value, sign=True) if round_.before and score else numbers.NONE,
-            _shown(second),
-            numbers.fixed(score.value - second.score.value, 2) if score and second and second.score else numbers.NONE,
+            numbers.plus_minus(round_.reached, objective, digits),
+            _change(round_, digits),
+            _shown(round_, digits),
+            _ahead(round_, digits),
             str(len(round_.candidates)),
-            numbers.count(winner.sentences if winner else None),
-        )
+            numbers.count(round_.reached.n if round_.reached else None),
+        ]
+        table.add_row(*row, *([numbers.count(round_.cost.sentences)] if costly else []))
     return table
 
 
-def reason(plan: Plan) -> str:
-    """How a layer was chosen, in words."""
+def notes(plan: Plan, objective: str) -> list[str]:
+    """How to read the table: what decided, and what its marks mean."""
     early = any(round_.dropped_early(candidate) for round_ in plan.rounds for candidate in round_.candidates)
-    text = (
-        f"In each round every candidate was left out in turn and {METRIC} taken on the search sentences; "
-        "the one whose absence cost the least was removed for good. Change: what the round did to the score."
-    )
-    return text + (" Candidates that fell behind were dropped before all sentences were scored." if early else "")
+    if plan.strategy == "oneshot":
+        text = "Layers were ordered once, before anything was removed; the runner-up is the next in that order."
+    else:
+        measure = "the likelihood of the references" if plan.strategy == "sleb" else objective
+        text = (
+            f"In each round every candidate was left out in turn and {measure} taken on the search sentences; "
+            "the one whose absence cost the least was removed for good."
+        )
+    found = [f"{text} Change: what the round did to the score."]
+    if early:
+        found[0] += " Candidates that fell behind were dropped before all sentences were scored."
+    if any(_apart(round_) for round_ in plan.rounds):
+        found.append("Ahead by: on the sentences both were scored on, which may be fewer than the score without is of.")
+    if any(round_.change and not round_.like_for_like for round_ in plan.rounds):
+        found.append("~ the two scores are of different numbers of sentences: the change is rough.")
+    if at_the_floor(plan):
+        found.append("* no candidate was better than noise; see noise floor above.")
+    return found
 
 
-def _shown(candidate: Candidate | None) -> str:
-    if candidate is None:
+def _apart(round_: Round) -> bool:
+    """Whether the winner was scored further than the runner-up was when it lost."""
+    second, score = round_.runner_up, round_.reached
+    return bool(not round_.by_importance and second and score and score.n and second.sentences != score.n)
+
+
+def _change(round_: Round, digits: int) -> str:
+    if round_.change is None:
         return numbers.NONE
-    return escape(f"{numbers.layers(candidate.layers, '+')}: {numbers.score(candidate.score, METRIC)}")
+    return ("" if round_.like_for_like else "~") + numbers.fixed(round_.change.value, digits, sign=True)
+
+
+def _ahead(round_: Round, digits: int) -> str:
+    if round_.ahead is None:
+        return numbers.NONE
+    return numbers.general(round_.ahead) if round_.by_importance else numbers.fixed(round_.ahead, max(2, digits))
+
+
+def _shown(round_: Round, digits: int) -> str:
+    second = round_.runner_up
+    if second is None:
+        return numbers.NONE
+    return escape(f"{_label(second)}: {measure_value(round_, round_.measured(second), digits)}")
+
+
+def _label(candidate: Candidate) -> str:
+    back = f" for {numbers.layers(candidate.back, '+')}" if candidate.back else ""
+    return numbers.layers(candidate.layers, "+") + back

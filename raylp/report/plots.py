@@ -4,18 +4,23 @@ Every figure is about 460 units wide, so that it can be read in a column of a wi
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any, Literal
 
 import matplotlib as mpl
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from raylp.report import numbers
-from raylp.report.contents import HealLog, Model, Round, Stat
+from raylp.report.contents import Candidate, HealLog, Model, Plan, Round, Stat
 from raylp.report.facts import SPEED_MEASURES, Gain
+from raylp.report.search_words import LIKELIHOOD_LOSS, measure_label, measure_value
 
 INK, MUTED, FAINT, GRID = "#1c2430", "#5d6875", "#a3abb5", "#e6e8ea"
 # Told apart by lightness and by marker too, not by hue alone.
@@ -31,6 +36,11 @@ STYLES = {
 FAMILIES = {"baseline": "pruned", "pruned": "pruned", "baseline-healed": "healed", "healed": "healed"}
 OTHERS = (("#8b5fbf", "v"), ("#b0506d", "P"), ("#6b8e23", "X"))
 WIDTH = 6.4
+# One hue from light to dark, so that it reads without seeing colours, and in print.
+# So few steps that the scale beside the map is drawn and not embedded as an image.
+HEAT, HEAT_STEPS = ("#f1f5fa", "#9db9dc", "#3465a4", "#13233b"), 40
+COST = "#9fb8b3"
+MOVES_SHOWN = 12
 
 _RC = {
     "svg.fonttype": "none",
@@ -65,25 +75,41 @@ _RC = {
 
 
 def plot_round(
-    round_: Round, num_layers: int, baseline: Stat | None, limits: tuple[float, float], metric: str = "chrF2++"
+    round_: Round,
+    num_layers: int,
+    baseline: Stat | None,
+    limits: tuple[float, float],
+    metric: str = "chrF2++",
+    digits: int = 1,
 ) -> str:
-    """One round of the search: the score without each candidate, with its interval; the one that was taken filled."""
+    """One round of the search: what each candidate came to, with its interval; the one that was taken filled.
+
+    A swap has hundreds of candidates: its `MOVES_SHOWN` best are drawn.
+    """
     with _axes(2.75) as (figure, axes):
-        single = all(len(candidate.layers) == 1 for candidate in round_.candidates)
-        places = {c.layers: c.layers[0] if single else number for number, c in enumerate(round_.candidates)}
-        if baseline is not None:
+        shown = round_.ranked[:MOVES_SHOWN] if round_.swap else sorted(round_.ranked, key=lambda c: c.layers)
+        single = all(len(candidate.layers) == 1 and not candidate.back for candidate in shown)
+        places = {(c.layers, c.back): float(c.layers[0] if single else number) for number, c in enumerate(shown)}
+        if baseline is not None and not round_.by_importance:
+            at_right = not any(places[c.layers, c.back] > num_layers / 2 for c in shown if c in round_.taken)
             axes.axhline(baseline.value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                f"all layers {numbers.score(baseline, metric)}", (1, baseline.value), (0, 3), color=MUTED,
-                fontsize=10.5, xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+                f"all layers {numbers.fixed(baseline.value, digits)}", (0.99 if at_right else 0.01, baseline.value),
+                (0, 3), color=MUTED, fontsize=10.5, xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right" if at_right else "left", va="bottom",
             )  # fmt: skip
         others: dict[bool, list[tuple[float, Stat]]] = {True: [], False: []}
-        for candidate in round_.ranked:
-            assert candidate.score is not None
-            if set(candidate.layers) == set(round_.removed):
-                _draw_taken(axes, places[candidate.layers], candidate.layers, candidate.score, metric)
+        for candidate in shown:
+            stat = round_.measured(candidate)
+            assert stat is not None
+            place = places[candidate.layers, candidate.back]
+            if candidate in round_.taken:
+                label = candidate_label(candidate)
+                if len(round_.taken) == 1:
+                    label += f": {measure_value(round_, stat, digits)}"
+                _draw_taken(axes, place, stat, label, below=round_.by_importance)
             else:
-                others[round_.dropped_early(candidate)].append((places[candidate.layers], candidate.score))
+                others[round_.dropped_early(candidate)].append((place, stat))
         for early, points in others.items():
             axes.plot(
                 [x for x, _ in points], [stat.value for _, stat in points], "o", color=FAINT, markersize=5, zorder=3,
@@ -100,40 +126,194 @@ def plot_round(
                     "×", (index, 0), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
                     ha="center", va="bottom", color=FAINT, fontsize=10,
                 )  # fmt: skip
+            axes.set_xlabel("candidate: layer left out, in the original model’s numbering")
         else:
-            crowded = len(places) > 12
+            crowded = len(places) > (6 if round_.swap else 12)
             axes.set_xticks(list(places.values()))
-            labels = ["+".join(map(str, layers)) for layers in places]
+            labels = [candidate_label(candidate) for candidate in shown]
             axes.set_xticklabels(labels, rotation=90 if crowded else 0, fontsize=8 if crowded else 10)
-        axes.set_xlabel("candidate: layer left out, in the original model’s numbering")
-        axes.set_ylabel(metric)
-        axes.set_title(f"Round {round_.number}")
-        described = f"Round {round_.number}: {metric} without each layer; taken: {numbers.layers(round_.removed)}"
-        return _svg(figure, f"round{round_.number}", described)
+            axes.set_xlabel("best moves: layer out (layer back)" if round_.swap else "candidate: layers left out")
+        label = measure_label(round_, metric)
+        short = "loss, nats per token" if label == LIKELIHOOD_LOSS else "objective"
+        axes.set_ylabel(label if len(label) < 30 else short)
+        axes.set_title(round_title(round_))
+        taken = numbers.layers(round_.removed) or "none"
+        return _svg(
+            figure, f"round{round_.number}", f"{round_title(round_)}: {label} of each candidate; taken: {taken}"
+        )
 
 
-def _draw_taken(axes: Any, x: float, layers: Sequence[int], stat: Stat, metric: str) -> None:
+def round_title(round_: Round) -> str:
+    """Its number, and how it was decided where that was not the usual way."""
+    how = "swap" if round_.swap else ""
+    if round_.floor is not None:
+        how = "decided by the likelihood" if round_.by_importance else "not above noise"
+    return f"Round {round_.number}" + (f" ({how})" if how else "")
+
+
+def candidate_label(candidate: Candidate) -> str:
+    """`9`, `9+12`; for a swap `9 (back: 5)`."""
+    back = f" (back: {numbers.layers(candidate.back)})" if candidate.back else ""
+    return numbers.layers(candidate.layers, "+") + back
+
+
+def _draw_taken(axes: Any, x: float, stat: Stat, label: str, below: bool) -> None:
+    """Labelled on the side where no other candidate is."""
     color = STYLES["healed"][0]
     _whisker(axes, stat, x, color, vertical=True)
     axes.plot([x], [stat.value], "o", color=color, markersize=7, zorder=4)
-    top = stat.value if stat.high is None else stat.high
+    end = (stat.low if below else stat.high) or stat.value
     axes.annotate(
-        f"{numbers.layers(layers, '+')}: {numbers.score(stat, metric)}", (x, top), (0, 8), textcoords="offset points",
-        ha="center", va="bottom", color=color, fontweight="bold", fontsize=11.5, zorder=5,
+        label, (x, end), (0, -8 if below else 8), textcoords="offset points", ha="center",
+        va="top" if below else "bottom", color=color, fontweight="bold", fontsize=11.5, zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.85},
     )  # fmt: skip
 
 
 def round_limits(rounds: Sequence[Round], baseline: Stat | None) -> tuple[float, float]:
-    """One vertical scale for all rounds, so that they can be compared; room above for the label."""
-    stats = [c.score for round_ in rounds for c in round_.candidates if c.score is not None]
-    stats += [baseline] if baseline is not None else []
+    """One vertical scale for rounds of one measure, so that they can be compared, with room for the label."""
+    stats = [stat for round_ in rounds for c in round_.candidates if (stat := round_.measured(c)) is not None]
+    below = bool(rounds) and rounds[0].by_importance
+    stats += [baseline] if baseline is not None and not below else []
     if not stats:
         return 0.0, 1.0
     low = min(stat.low if stat.low is not None else stat.value for stat in stats)
     high = max(stat.high if stat.high is not None else stat.value for stat in stats)
-    room = max(high - low, 1e-3)
-    return low - 0.07 * room, high + 0.2 * room
+    room = high - low or 1e-3
+    return low - (0.2 if below else 0.07) * room, high + (0.07 if below else 0.2) * room
+
+
+def plot_importance(rounds: Sequence[Round], num_layers: int, metric: str = "chrF2++") -> str:
+    """Heat map: a row for each round, a column for each layer, by how much worse than the best it is without it.
+
+    A cell is the best candidate of the round that leaves the layer out. Small cells were dropped early: their scores
+    are of fewer sentences. All rounds are of one measure.
+    """
+    cells = {(row, layer): cell for row, round_ in enumerate(rounds) for layer, cell in _losses(round_).items()}
+    most = max((loss for loss, _ in cells.values()), default=0.0) or 1.0
+    colors = LinearSegmentedColormap.from_list("loss", HEAT, N=HEAT_STEPS)
+    norm = PowerNorm(0.5, 0, most)
+    squares = {"candidate": 10.0}
+    if any(not sure for _, sure in cells.values()):
+        squares = {"scored to the end": 10.0, "dropped early, less sure": 5.5}
+    handles = [
+        Line2D([], [], marker="s", linestyle="", markersize=side, color=HEAT[1], label=label)
+        for label, side in squares.items()
+    ]
+    marks = [
+        Line2D(
+            [layer for layer, _ in points], [row for _, row in points], linestyle="", zorder=4, marker=marker,
+            label=label, markersize=size, markerfacecolor=color, markeredgecolor=edge, markeredgewidth=1,
+        )
+        for label, points, marker, size, color, edge in (
+            ("removed in this round", _at(rounds, lambda r: r.removed), "o", 7.0, STYLES["healed"][0], "white"),
+            ("put back", _at(rounds, lambda r: r.restored), "^", 7.0, STYLES["pruned"][0], "white"),
+            ("gone already", _at(rounds, lambda r: set(r.gone) - set(r.restored)), "x", 4.0, FAINT, FAINT),
+        )
+        if points
+    ]  # fmt: skip
+    handles += marks
+    columns = min(3, len(handles))
+    legend_rows = -(-len(handles) // columns)
+    inches = min(0.3, max(0.2, 5.4 / num_layers)) * len(rounds)
+    above, below, left = 0.36 + 0.27 * legend_rows, 1.15, 0.6
+    height = above + inches + below
+    with _axes(height, grid="") as (figure, axes):
+        # Placed by hand: the room around the map is the same however many rounds there are.
+        figure.set_layout_engine("none")
+        axes.set_position((left / WIDTH, below / height, 1 - (left + 0.1) / WIDTH, inches / height))
+        for (row, layer), (loss, sure) in cells.items():
+            side = 0.9 if sure else 0.5
+            corner = (layer - side / 2, row - side / 2)
+            color = colors(norm(loss))
+            axes.add_patch(Rectangle(corner, side, side, facecolor=color, edgecolor="#c3ccd8", linewidth=0.4))
+        for mark in marks:
+            axes.add_line(mark)
+        axes.set_xlim(-0.6, num_layers - 0.4)
+        axes.set_ylim(len(rounds) - 0.4, -0.6)
+        step = 1 if num_layers <= 20 else 2 if num_layers <= 40 else 5
+        axes.set_xticks(range(0, num_layers, step))
+        step = -(-len(rounds) // 24)
+        axes.set_yticks(range(0, len(rounds), step), [str(round_.number) for round_ in rounds[::step]])
+        axes.tick_params(labelsize=10)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_xlabel("layer, in the original model’s numbering")
+        axes.set_ylabel("round")
+        place = figure.add_axes((left / WIDTH, 0.52 / height, 1 - (left + 0.1) / WIDTH, 0.1 / height))
+        bar = figure.colorbar(ScalarMappable(norm, colors), cax=place, orientation="horizontal")
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=10)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        measure = measure_label(rounds[0], metric)
+        what = "importance" if rounds[0].by_importance else "points lost"
+        bar.set_label(f"{what} against the round’s best; dark: the layer matters", color=MUTED)
+        axes.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2,
+            handlelength=1.2,
+        )  # fmt: skip
+        axes.set_title(f"Importance by {measure}", pad=12 + 18 * legend_rows)
+        slug = f"importance-{'by-importance' if rounds[0].by_importance else 'by-score'}"
+        return _svg(figure, slug, f"Importance of each layer in each round, by {measure}")
+
+
+def _at(rounds: Sequence[Round], layers: Callable[[Round], Iterable[int]]) -> list[tuple[int, int]]:
+    """(layer, row) of all that `layers` finds in each round."""
+    return [(layer, row) for row, round_ in enumerate(rounds) for layer in layers(round_)]
+
+
+def _losses(round_: Round) -> dict[int, tuple[float, bool]]:
+    """By layer: how much worse than the round's best, and whether that was measured as far as the best was."""
+    ranked = round_.ranked
+    if not ranked:
+        return {}
+    first = round_.measured(ranked[0])
+    assert first is not None
+    found: dict[int, tuple[float, bool]] = {}
+    for candidate in ranked:
+        stat = round_.measured(candidate)
+        assert stat is not None
+        loss = max(0.0, stat.value - first.value if round_.by_importance else first.value - stat.value)
+        sure = not round_.dropped_early(candidate)
+        for layer in candidate.layers:
+            known = found.get(layer)
+            if known is None or (not sure, loss) < (not known[1], known[0]):
+                found[layer] = (loss, sure)
+    return found
+
+
+def plot_cost(plan: Plan) -> str:
+    """Sentences generated in each round, against what scoring every candidate on all sentences takes."""
+    rows = [
+        (round_.number, round_.generated, everything)
+        for round_ in plan.rounds
+        if round_.generated is not None and (everything := plan.everything(round_))
+    ]
+    with _axes(2.75) as (figure, axes):
+        numbers_, spent, whole = zip(*rows, strict=True) if rows else ((), (), ())
+        places = range(len(numbers_))
+        axes.bar(
+            places, whole, width=0.72, facecolor="white", edgecolor=FAINT, linewidth=1,
+            label="scoring everything",
+        )  # fmt: skip
+        axes.bar(places, spent, width=0.72, facecolor=COST, edgecolor=COST, linewidth=1, label="generated")
+        for x, done, all_of_it in zip(places, spent, whole, strict=True):
+            if done and all_of_it / done >= 1.05 and len(rows) <= 20:
+                axes.annotate(
+                    f"{all_of_it / done:.1f}×" if all_of_it / done < 9.95 else f"{all_of_it / done:.0f}×",
+                    (x, max(done, all_of_it)), (0, 3), textcoords="offset points", ha="center", va="bottom", color=INK,
+                    fontsize=10 if len(rows) <= 12 else 8,
+                )  # fmt: skip
+        axes.set_xlim(-0.7, max(len(rows), 3) - 0.3)
+        axes.set_ylim(0, 1.16 * max([*spent, *whole, 1]))
+        step = -(-max(1, len(rows)) // 20)
+        axes.set_xticks(places[::step], [str(number) for number in numbers_[::step]])
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.count(value)))
+        axes.set_xlabel("round")
+        axes.set_ylabel("sentences")
+        _title(axes, "Cost of each round", 2)
+        return _svg(figure, "search-cost", "Sentences generated in each round, against scoring everything")
 
 
 def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
@@ -252,7 +432,7 @@ def plot_seconds(seconds: dict[str, float]) -> str:
     """Where the time went, stage by stage."""
     with _axes(0.35 + 0.34 * len(seconds), grid="") as (figure, axes):
         names = list(seconds)
-        axes.barh(names, list(seconds.values()), color="#9fb8b3", height=0.56)
+        axes.barh(names, list(seconds.values()), color=COST, height=0.56)
         for row, value in enumerate(seconds.values()):
             axes.annotate(
                 numbers.duration(value), (value, row), (5, 0), textcoords="offset points", va="center", color=INK,

@@ -8,6 +8,7 @@ from rich.table import Table
 from raylp.report import numbers
 from raylp.report.contents import Contents, Model, read_contents
 from raylp.report.facts import find_facts
+from raylp.report.search_words import objective_digits, objective_label, search_lines
 from raylp.rundir import RunDir
 
 # As many columns of scores as fit beside name, layers, parameters and size in 80 characters.
@@ -15,7 +16,7 @@ MAX_SCORE_COLUMNS = 2
 
 
 def print_tables(rundir: RunDir, console: Console) -> None:
-    """Models with quality, their speed, the comparisons; a line for each part there is nothing on.
+    """How the search went, models with quality, their speed, the comparisons; a line for each part there is nothing on.
 
     Raises:
         UserError: the directory is not a run's.
@@ -23,6 +24,10 @@ def print_tables(rundir: RunDir, console: Console) -> None:
     contents = read_contents(rundir)
     facts = find_facts(contents)
     console.print(facts.headline, style="bold", markup=False, highlight=False)
+    if contents.plan:
+        objective = objective_label(contents.objective)
+        for line in search_lines(contents.plan, objective, objective_digits(contents.objective, contents.plan)):
+            console.print(line, markup=False, highlight=False)
     for table in (*model_tables(contents), speed_table(contents), *comparison_tables(contents)):
         if table.row_count:
             console.print()
