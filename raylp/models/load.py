@@ -96,7 +96,9 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
     their pages as long as nobody writes to them.
     """
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = model_class(path).from_pretrained(
         path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
     )

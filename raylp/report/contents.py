@@ -386,6 +386,11 @@ def read_contents(rundir: RunDir) -> Contents:
 def read_plan(rundir: RunDir) -> Plan:
     """`plan.json`, with what was gone before each round worked out."""
     content = _mapping(rundir.read_json("plan.json"))
+    if rundir.exists("search.json"):  # times stand apart: they are no part of what was decided
+        took = _mapping(rundir.read_json("search.json"))
+        content["spent"] = {**_mapping(content.get("spent") or {}), **_mapping(took.get("spent") or {})}
+        for entry, seconds in zip(content.get("rounds") or [], took.get("rounds") or [], strict=False):
+            entry.update(seconds)
     baseline = read_stat(content.get("baseline"))
     rounds: list[Round] = []
     gone: tuple[int, ...] = ()

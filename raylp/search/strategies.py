@@ -266,7 +266,8 @@ class Search:
 
     def _after(self, best: Removed, choice: Choice) -> Score | None:
         """The score without `best`: on all sentences where a decision rests on it, else as far as it was measured."""
-        if self.target.wanted(best) or self.target.reached(best) or self.target.max_loss is not None:
+        decides = self.target.max_loss is not None or self.options.per_round > 1
+        if decides or self.target.wanted(best) or self.target.reached(best):
             return self.full_score(best)
         return next((c.score for c in choice.records if c.removed == best), None)
 
