@@ -92,7 +92,9 @@ def prune(
         given = [int(layer) for layer in layers.split(",")]
     except ValueError:
         raise UserError(f"--layers {layers!r}: write layer numbers with commas between, such as 13,12,11") from None
-    chosen = [*overrides, "search.layers=null", "search.remove=null", f"search.given={given}"]
+    from raylp.search.config import TARGETS
+
+    chosen = [*overrides, *(f"search.{target}=null" for target in TARGETS), f"search.given={given}"]
     _run(recipe, chosen, "search", "prune")
 
 

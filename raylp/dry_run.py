@@ -9,7 +9,8 @@ from rich.table import Table
 
 from raylp import cluster
 from raylp.context import Context
-from raylp.generate.pool import WORKER_BYTES, make_generator
+from raylp.generate.layout import CPU_BYTES
+from raylp.generate.pool import make_generator
 from raylp.models.checkpoint import count_parameters
 from raylp.pipeline import needed_disk, open_context, wanted_stages
 from raylp.progress import Reporter
@@ -50,7 +51,7 @@ def dry_run(recipe: Recipe, out: TextIO) -> dict[str, dict[str, Any]]:
         f"here, {measured['sentences']} sentences timed"
     )
     console.print(
-        f"memory: about {(size + WORKER_BYTES * min(cluster.cores(), 4)) / 1e9:.1f} GB in the search, "
+        f"memory: about {(size + CPU_BYTES * min(cluster.cores(), 4)) / 1e9:.1f} GB in the search, "
         f"{psutil.virtual_memory().available / 1e9:.1f} GB free; disk: about {needed_disk(context) / 1e9:.1f} GB"
     )
     return stages
@@ -61,7 +62,8 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     recipe = context.recipe
     per_sentence = measured["tokens_per_sentence"]
     bound = measured["bound_per_sentence"]
-    models = 2 + (recipe.heal is not None) * 2
+    depths = max(1, len(recipe.search.depths)) if recipe.search is not None else 0
+    models = 1 + depths + (recipe.heal is not None) * (depths + 1)
     rows: dict[str, dict[str, Any]] = {}
     for stage in wanted_stages(recipe):
         evaluations = sentences = 0
@@ -76,7 +78,7 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
             tokens = sentences * per_sentence
         elif stage.name in ("heal", "adapt") and recipe.heal is not None:
             both = 2 if recipe.heal.data == "both" and stage.name == "heal" else 1
-            trained = 2 if stage.name == "heal" else 1
+            trained = depths + 1 if stage.name == "heal" else 1
             sentences = len(context.splits.train) * both * recipe.heal.epochs * trained
             tokens = sentences * per_sentence
             scale = TRAINING_OVER_GENERATION

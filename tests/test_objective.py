@@ -90,6 +90,9 @@ def test_a_function_of_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_metric("mine:absent")
     with pytest.raises(UserError, match="the module must be importable"):
         load_metric("nowhere:short")
+    (tmp_path / "wrong.py").write_text("def (:\n")
+    with pytest.raises(UserError, match="SyntaxError"):
+        load_metric("wrong:short")
 
 
 def section(tmp_path: Path, **search: object):
@@ -116,6 +119,9 @@ def test_objectives_in_a_recipe(tmp_path: Path) -> None:
         ({"layers": [4, 0], "remove": None}, "at least 1 has to stay"),
         ({"layers": 3, "parameters": 1e6}, "set one of layers"),
         ({"strategy": "rase"}, "race"),
+        ({"layers": [], "remove": None}, "at least 1 has to stay"),
+        ({"objective": "likelihood", "short_heal": {}}, "leave likelihood out of the objective"),
+        ({"objective": ["chrF++", "likelihood"], "backend": "vllm"}, "would load both backends"),
     ],
 )
 def test_wrong_searches(tmp_path: Path, search: dict, said: str) -> None:

@@ -10,7 +10,7 @@ import toy
 from conftest import toy_recipe
 
 from raylp.errors import UserError
-from raylp.generate.pool import num_workers
+from raylp.generate.pool import plan_workers
 from raylp.generate.transformers_view import TransformersGenerator
 from raylp.metrics.ngram import metric
 from raylp.models.load import load_model, load_tokenizer
@@ -160,7 +160,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path, toy_checkpoint: Path) ->
 @pytest.mark.parametrize("workers", ["auto", 2])
 def test_too_little_memory_is_told_in_numbers(workers: Literal["auto"] | int) -> None:
     with pytest.raises(UserError, match=r"about 100000\d\.\d GB of memory, \d+\.\d GB are free"):
-        num_workers(Resources(workers=workers), 1e15)
+        plan_workers(Resources(workers=workers), 1e15)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from raylp import cluster
 from raylp.errors import UserError
 from raylp.generate.auto import Choice, choose_backend, close, free_memory
 from raylp.generate.base import Generator, Output, Request
-from raylp.generate.layout import CPU_BYTES, Layout, on_cpus, on_gpus
+from raylp.generate.layout import Layout, on_cpus, on_gpus
 from raylp.generate.schedule import Pace, most_copies
 from raylp.progress import Task
 from raylp.recipe import Resources
@@ -23,7 +23,6 @@ MAX_TRIES = 3
 IN_FLIGHT = 2  # one unit in work and one waiting, so that a worker is never idle between two
 BEAT_S = 2.0
 START_S = 600.0  # a cluster without one worker that is up for so long has no place for any
-WORKER_BYTES = CPU_BYTES
 
 
 def make_generator(
@@ -62,7 +61,7 @@ def make_generator(
         whole = list(model._no_split_modules or [])
         memory = get_balanced_memory(model, no_split_module_classes=whole)
         model = dispatch_model(model, infer_auto_device_map(model, memory, no_split_module_classes=whole))
-    return TransformersGenerator(model, load_tokenizer(path), newline, batch_size)
+    return TransformersGenerator(model, load_tokenizer(path), newline, batch_size, gpu_share=min(1.0, gpus or 1.0))
 
 
 class Worker:
@@ -163,11 +162,6 @@ def plan_workers(resources: Resources, weights_bytes: float) -> Layout:
     return Layout(min(found.workers, max(1, int(ray.cluster_resources().get("CPU", 1)))), found.gpus)
 
 
-def num_workers(resources: Resources, weights_bytes: float) -> int:
-    """How many resident models; see `plan_workers`."""
-    return plan_workers(resources, weights_bytes).workers
-
-
 def _gpu_bytes() -> int:
     """Memory of one of the cluster's GPUs; they are taken to be alike."""
     import ray
@@ -188,6 +182,7 @@ class _Member:
     starting: Any
     queue: list[Any] = field(default_factory=list)
     since: float = 0.0
+    dead: bool = False
 
 
 @dataclass(eq=False)
@@ -267,8 +262,9 @@ class Pool:
                         self._up(reference)
                         continue
                     member, job = self._flying[reference]
+                    in_work = member.queue[0] == reference and not member.dead
                     seconds = self._leave(reference)
-                    result = self._result(reference, member, job, waiting)
+                    result = self._result(reference, member, job, waiting, in_work)
                     if result is not None and not job.over:
                         job.over = True
                         left -= 1
@@ -288,6 +284,8 @@ class Pool:
         """Every worker that is up gets a unit; a second one behind it only while enough are left for all."""
         for depth in range(IN_FLIGHT):
             for member in self._members:
+                while waiting and waiting[0].over:  # its first worker has done it after all
+                    waiting.popleft()
                 enough = waiting and (depth == 0 or len(waiting) > len(self._members))
                 if enough and member.starting is None and len(member.queue) == depth:
                     self._give(member, waiting.popleft(), submit)
@@ -334,8 +332,13 @@ class Pool:
         job.flying -= 1
         return seconds
 
-    def _result(self, reference: Any, member: _Member, job: _Job, waiting: deque[_Job]) -> tuple[Any] | None:
-        """What the call gave; None where its worker died, and the unit waits again unless another has it."""
+    def _result(
+        self, reference: Any, member: _Member, job: _Job, waiting: deque[_Job], in_work: bool
+    ) -> tuple[Any] | None:
+        """What the call gave; None where its worker died, and the unit waits again unless another has it.
+
+        `in_work`: it was not queued behind another, so it may be why the worker died.
+        """
         import ray
         from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, TaskCancelledError
 
@@ -345,7 +348,8 @@ class Pool:
             return None  # nobody waits for it
         except (RayActorError, ObjectLostError) as error:
             self._replace(member)
-            job.tries += 1
+            job.tries += in_work
+            member.dead = member.dead or in_work
             if job.over or job.flying or job in waiting:
                 return None
             if job.tries >= MAX_TRIES:

@@ -27,6 +27,7 @@ class TransformersGenerator:
 
     `batch_size`: rows at a time at most (default: 16 on a CPU; on a GPU 256 as far as its memory allows).
     `step_tokens`: tokens of all rows that one forward may take to check drafts (default: 256 on a GPU, none on a CPU).
+    `gpu_share`: of the GPU, where models share it.
     """
 
     backend = "transformers"
@@ -38,6 +39,7 @@ class TransformersGenerator:
         newline: bool = True,
         batch_size: int | None = None,
         step_tokens: int | None = None,
+        gpu_share: float = 1.0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -45,7 +47,7 @@ class TransformersGenerator:
         kind = model.device.type
         self.batch_size = batch_size or ROWS.get(kind, ROWS["cpu"])
         self.step_tokens = step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS["cpu"])
-        self.max_slots = _max_slots(model)
+        self.max_slots = _max_slots(model, gpu_share)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.rule = stop_rule(tokenizer, [text_config(model), model.generation_config], newline)
         # The last position of several rows is a strided view, which torch projects row by row, reading the whole
@@ -74,7 +76,7 @@ class TransformersGenerator:
         return [outputs[i] for i in range(len(requests))]
 
 
-def _max_slots(model: Any) -> int | None:
+def _max_slots(model: Any, share: float) -> int | None:
     """Slots (rows x tokens) whose keys and values fit into a GPU beside the weights; None on a CPU.
 
     Counted from the whole of the GPU's memory, not from what is free: equal machines then make equal batches.
@@ -84,7 +86,7 @@ def _max_slots(model: Any) -> int | None:
     import torch
 
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    room = MEMORY_SHARE * sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    room = share * MEMORY_SHARE * sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return max(1, int((room - weights) // (kv_per_token(text_config(model)) * model.dtype.itemsize)))
 

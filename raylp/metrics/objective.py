@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,12 @@ class UserMetric:
         return f"mean|function:{self.name}|source:{self._digest()}"
 
     def _digest(self) -> str:
-        """Of the function's source, so that a changed one is not taken for the old one; 8 hex digits."""
+        """Of the module the function is in, so that a changed one is not taken for the old one; 8 hex digits."""
         try:
-            source = inspect.getsource(self.function)
+            source = Path(inspect.getsourcefile(self.function) or "").read_bytes()
         except (OSError, TypeError):
-            source = repr(self.function)
-        return hashlib.sha256(source.encode()).hexdigest()[:8]
+            source = repr(self.function).encode()
+        return hashlib.sha256(source).hexdigest()[:8]
 
     def statistics(
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str] = ()
@@ -131,8 +132,9 @@ def _user_metric(name: str) -> UserMetric:
     module, _, function = name.partition(":")
     try:
         return UserMetric(name, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"search.objective {name}: {error}; the module must be importable (PYTHONPATH)") from error
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"search.objective {name}: {problem}; the module must be importable (PYTHONPATH)") from error
 
 
 @dataclass(frozen=True)

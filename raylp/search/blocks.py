@@ -36,16 +36,18 @@ def make_blocks(examples: Sequence[Pair], prompt: Prompt, tokenizer: Any, size: 
     Sentences are shuffled, by a hash of their text: neighbours in a file are often alike, and a race judges by its
     first blocks what the rest will be like.
     """
-    by_pair: dict[str, list[list[Pair]]] = {}
+    mixed = sorted(examples, key=_shuffled)
+    asked = prompt.requests(tokenizer, [(example.source, example.pair) for example in mixed])  # some bounds are of all
+    by_pair: dict[str, list[list[tuple[Pair, Request]]]] = {}
     for pair in dict.fromkeys(example.pair for example in examples):
-        mixed = sorted((e for e in examples if e.pair == pair), key=_shuffled)
-        by_pair[pair] = [mixed[start : start + size] for start in range(0, len(mixed), size)]
+        own = [(example, request) for example, request in zip(mixed, asked, strict=True) if example.pair == pair]
+        by_pair[pair] = [own[start : start + size] for start in range(0, len(own), size)]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*by_pair.values()))
     blocks = []
-    for part in turns:
-        if part is None:
+    for turn in turns:
+        if turn is None:
             continue
-        requests = prompt.requests(tokenizer, [(example.source, example.pair) for example in part])
+        part, requests = zip(*turn, strict=True)
         references = tuple(example.target for example in part)
         blocks.append(
             Block(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raylp.config import Section
-from raylp.metrics.objective import usual_name
+from raylp.metrics.objective import FORCED, usual_name
 from raylp.search.short_heal import ShortHeal
 
 TARGETS = ("layers", "remove", "given", "parameters", "bytes", "latency", "max_loss")
@@ -88,7 +88,7 @@ class Search(Section):
             )
         if not self.objective or any(weight <= 0 for weight in self.objective.values()):
             raise ValueError("objective needs at least one metric, and weights above 0")
-        if any(depth < 1 for depth in self.depths):
+        if self.layers is not None and (not self.depths or any(depth < 1 for depth in self.depths)):
             raise ValueError("layers: at least 1 has to stay")
         if self.beam > 1 and self.per_round > 1:
             raise ValueError("beam and per_round do not go together: set one of them")
@@ -96,6 +96,11 @@ class Search(Section):
             raise ValueError("oneshot decides once: beam and per_round are for the other strategies")
         if self.strategy in ("sleb", "oneshot") and self.short_heal is not None:
             raise ValueError("short_heal chooses among the best by the objective: use strategy race or exhaustive")
+        forced = [name for name in self.objective if name in FORCED]
+        if forced and self.heals:
+            raise ValueError(f"a short heal is judged by translations: leave {forced[0]} out of the objective")
+        if forced and len(forced) < len(self.objective) and self.backend != "transformers":
+            raise ValueError(f"{forced[0]} needs transformers, and a mix with it would load both backends in turn")
         return self
 
     @property

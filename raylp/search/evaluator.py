@@ -137,17 +137,16 @@ class LedgerEvaluator:
         assert self.short_heal is not None
         names = [name for name, _ in self.objective.weights]
         batches = tuple(map(tuple, chosen_examples(self.heals_on, self.short_heal)))
-        content = json.dumps([self.short_heal.model_dump(), [[e.prompt, e.target] for b in batches for e in b]])
+        options = self.short_heal.model_dump(exclude={"best"})
+        content = json.dumps([options, [[e.prompt, e.target] for b in batches for e in b]])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         here = [name for name in names if self.objective.is_cheap(name)] or [TRANSLATION]
         works: list[Work] = []
         for removed in candidates:
             facts = {(n, m): self.facts(removed, b, m, digest) for n, b in enumerate(self.blocks) for m in here}
             if any(self.ledger.find(score_key(own)) is None for own in facts.values()):
-                url, blocks, options = self.ledger.rundir.url, tuple(self.blocks), self.short_heal
-                works.append(
-                    HealAndTranslate(str(self.path), url, blocks, removed, batches, options, self.dtype, facts)
-                )
+                url, blocks, how = self.ledger.rundir.url, tuple(self.blocks), self.short_heal
+                works.append(HealAndTranslate(str(self.path), url, blocks, removed, batches, how, self.dtype, facts))
         for work, lines in self.compute(works) if works else []:
             for line in lines:
                 self.ledger.remember(line)
@@ -201,14 +200,14 @@ class LedgerEvaluator:
             yield self.objective.score(np.concatenate(rows).sum(0))
 
     def spent(self) -> dict[str, float]:
-        translated = [line for line in self._used.values() if "texts" in line]
-        seconds = sum(line.get("seconds", 0.0) for line in self._used.values())
+        used = list(self._used.values())
+        translated = [line for line in used if "texts" in line]
+        forced = [line for line in used if line["metric"] in FORCED]
+        seconds = sum(line.get("seconds", 0.0) for line in used)
         return {
             "units": len(translated),
             "sentences": sum(len(line["texts"]) for line in translated),
-            "forced_sentences": sum(
-                len(line["statistics"]) for line in self._used.values() if line["decoding"] == "forced"
-            ),
+            "forced_sentences": sum(len(line["statistics"]) for line in forced),
             "seconds": round(seconds, 3),
             "gpu_seconds": round(seconds * self.gpus_per_worker, 3),
         }
@@ -255,9 +254,9 @@ class LedgerEvaluator:
         if self.encode is None or not removed:
             return None
         for known in (removed[:-1], ()):
-            texts = self._texts(known, block)
-            if texts is not None:
-                return tuple(tuple(self.encode(text)) for text in texts)
+            line = self.ledger.translated(unit_key(self.facts(known, block, TRANSLATION)))
+            if line is not None:
+                return tuple(tuple(self.encode(text)) for text in line["texts"])
         return None
 
     def _score(

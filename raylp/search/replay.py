@@ -15,7 +15,7 @@ from raylp.errors import UserError
 from raylp.ledger import Ledger
 from raylp.metrics.intervals import paired_difference
 from raylp.metrics.ngram import Statistics
-from raylp.metrics.objective import Objective, usual_name
+from raylp.metrics.objective import FORCED, Objective, usual_name
 from raylp.rundir import RunDir
 from raylp.search.plan import Removed
 from raylp.search.race import race
@@ -71,7 +71,9 @@ def read_recording(rundir: RunDir) -> Recording:
     cache = RunDir(recipe["cache"]) if recipe.get("cache") else None
     lines = list(Ledger(rundir, cache).lines.values())
     weights = {usual_name(name): weight for name, weight in (plan.get("objective") or {"chrF2++": 1.0}).items()}
-    here = [line for line in lines if line["model"] == plan["fingerprint"] and line["decoding"] != "forced"]
+    if forced := [name for name in weights if name in FORCED]:
+        raise UserError(f"{rundir.url} was searched by {forced[0]}: replay is for metrics of translations")
+    here = [line for line in lines if line["model"] == plan["fingerprint"] and _plain(line["decoding"])]
     pair_of = {line["block"]: line["pair"] for line in here if "pair" in line}
     default = next(iter(pair_of.values()), "xx-xx")
     objective = Objective.of(weights, [pair_of.get(line["block"], default) for line in here])
@@ -93,6 +95,11 @@ def read_recording(rundir: RunDir) -> Recording:
             parts.append(objective.rows(found, pair))
         rows[removed] = np.concatenate(parts)
     return Recording(objective, rounds, rows, pairs)
+
+
+def _plain(decoding: str) -> bool:
+    """Whether a line is of the model as it is: no probabilities, no short heal."""
+    return decoding != "forced" and "|healed:" not in decoding
 
 
 def _any(table: dict[Any, Any], block: str) -> list[Any]:

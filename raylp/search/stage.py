@@ -7,6 +7,7 @@ from typing import Any
 
 from raylp import cluster
 from raylp.context import Context
+from raylp.errors import UserError
 from raylp.generate.pool import Pool, plan_workers
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.pack import Example
@@ -76,20 +77,21 @@ def search(context: Context) -> dict[str, Any]:
     already = len(ledger.lines)
     cluster.start(context.recipe.resources)
     layout = plan_workers(context.recipe.resources, count_parameters(path)[1])
+    objective = Objective.of(section.objective, [example.pair for example in context.splits.search])
     pool = Pool(layout, context.prompt.newline, context.rundir.logs(), SearchWorker)
     try:
         with context.reporter.task("search") as task:
             progress = Progress(context, task, section, target)
-            evaluator = make_evaluator(context, ledger, pool, task, progress, layout.gpus)
+            evaluator = make_evaluator(context, objective, ledger, pool, task, progress, layout.gpus)
             task.expect(most_evaluations(section, target) * len(evaluator.blocks))
             work = Search(evaluator, target, options_of(section), progress.round, progress.look)
             baseline = work.full_score(())
             progress.baseline(baseline)
             rounds = work.run()
             noise = evaluator.noise() if section.strategy in ("race", "exhaustive") else None
-            evaluator.objective.close()
     finally:
         pool.close()
+        objective.close()
     gone, spent = rounds[-1].gone if rounds else (), evaluator.spent()
     record = {
         **_record(context),
@@ -125,14 +127,19 @@ def search(context: Context) -> dict[str, Any]:
 
 
 def make_evaluator(
-    context: Context, ledger: Ledger, pool: Pool, task: Task, progress: "Progress", gpus_per_worker: float
+    context: Context,
+    objective: Objective,
+    ledger: Ledger,
+    pool: Pool,
+    task: Task,
+    progress: "Progress",
+    gpus_per_worker: float,
 ) -> LedgerEvaluator:
     """Scores over the pool's workers."""
     section = context.recipe.search
     assert section is not None
     path, tokenizer = context.baseline, load_tokenizer(context.baseline)
     blocks = make_blocks(context.splits.search, context.prompt, tokenizer, section.block)
-    objective = Objective.of(section.objective, [block.pair for block in blocks])
     dtype = context.dtype if section.dtype == "auto" else section.dtype
 
     def compute(works: list[Work]) -> Iterable[tuple[Work, list[dict[str, Any]]]]:
@@ -150,7 +157,7 @@ def make_evaluator(
         context.prompt.chat,
         gpus_per_worker,
         section.seed,
-        lambda text: context.prompt.target_tokens(tokenizer, text),
+        (lambda text: context.prompt.target_tokens(tokenizer, text)) if gpus_per_worker else None,
         heals_on(context, tokenizer),
         section.short_heal or ShortHeal(),
         progress.unit,
@@ -164,7 +171,13 @@ def heals_on(context: Context, tokenizer: Any) -> list[Example]:
     if not section.heals:
         return []
     pairs = choose(context.splits.train, [], "authentic", context.prompt.examples)
-    return tokenise(pairs, context.prompt, tokenizer, MAX_HEAL_TOKENS)
+    examples = tokenise(pairs, context.prompt, tokenizer, MAX_HEAL_TOKENS)
+    if not examples:
+        raise UserError(
+            f"search.short_heal: no training pair has at most {MAX_HEAL_TOKENS} tokens with its prompt and stands not "
+            f"in the prompt itself: give more training text, or leave short_heal out"
+        )
+    return examples
 
 
 def pinned_backend(context: Context, pool: Pool, task: Task, blocks: Sequence[Block], dtype: str) -> str:

@@ -131,8 +131,7 @@ class Search:
         while not self.target.reached(beam[0]) and len(beam[0]) < self.target.most:
             before = self.evaluator.spent()
             candidates = self._children(beam)
-            room = self.target.most - len(beam[0])
-            width = max(self.options.beam, min(self.options.per_round, room))
+            width = max(self.options.beam, min(self.options.per_round, self.target.room(beam[0])))
             choice = self.choose(candidates, min(width, len(candidates)))
             if self.options.per_round > 1:
                 choice.winners = [self._several(choice, beam[0])]
@@ -164,8 +163,8 @@ class Search:
             return self._by_healing(choice, keep)
         choice.winners = choice.winners[:keep]
         noise = self.evaluator.noise()
-        best = max((c.score.value for c in choice.records if c.score), default=None)
-        if noise is None or best is None or best > noise:
+        best = self._above(choice, noise) if noise is not None else None
+        if noise is None or best is None:
             return choice
         facts = {**choice.facts, "floor": {"noise": noise, "best": best, "decided_by": "the objective all the same"}}
         if self.options.floor == "likelihood":
@@ -185,6 +184,14 @@ class Search:
             return self._by_healing(choice, keep)
         choice.facts = facts
         return choice
+
+    def _above(self, choice: Choice, noise: float) -> float | None:
+        """None where the winner is better than noise, else its score on all sentences."""
+        winner = next(c for c in choice.records if c.removed == choice.winners[0])
+        if winner.score is not None and winner.score.low > noise:
+            return None
+        value = self.full_score(winner.removed).value
+        return None if value > noise else value
 
     def _by_healing(self, choice: Choice, keep: int) -> Choice:
         """Of the choice's winners the best `keep` after a short heal."""
@@ -233,7 +240,10 @@ class Search:
         ]
         self._last = {c.removed[-1]: c.score.value for c in records if c.score}
         facts = {"strategy": "race", "risk": self.options.risk, "looks": result.looks}
-        return Choice([candidates[c] for c in result.winners], records, facts)
+        winners = [candidates[c] for c in result.winners]
+        if keep > 1:  # a race tells which they are, not their order
+            winners.sort(key=lambda removed: (-self.full_score(removed).value, removed[-1]))
+        return Choice(winners, records, facts)
 
     def _by_likelihood(self, candidates: list[Removed], keep: int) -> Choice:
         losses: dict[Removed, float] = {}
@@ -252,12 +262,14 @@ class Search:
         before = self.full_score(gone).value
         losses = [before - self.full_score(winner).value for winner in choice.winners]
         tried = []
-        for number in range(len(layers), 1, -1):
+        sizes = range(1, len(layers) + 1)
+        most = next((number for number in sizes if self.target.reached((*gone, *layers[:number]))), len(layers))
+        for number in range(most, 1, -1):
             joint = (*gone, *layers[:number])
             loss = before - self.full_score(joint).value
             allowed = self.options.joint_tolerance * max(0.0, sum(losses[:number]))
             tried.append({"removed": list(joint), "loss": loss, "allowed": allowed})
-            if loss <= allowed:
+            if loss <= allowed and not self._too_much(self.full_score(joint)):
                 break
         else:
             number = 1
@@ -324,6 +336,7 @@ class Search:
                 for other in free
                 if other not in gone
             ]
+            moves = [move for move in moves if self.target.depths or self.target.reached(move)]
             if not moves:
                 return
             choice = self._by_objective(moves, 1)

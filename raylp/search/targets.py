@@ -30,7 +30,13 @@ class Target:
     @property
     def most(self) -> int:
         """How many layers can go at most."""
-        return self.num_layers - min(self.depths) if self.depths else self.num_layers - len(self.protected)
+        free = min(self.num_layers - len(self.protected), self.num_layers - 1)
+        return self.num_layers - min(self.depths) if self.depths else free
+
+    def room(self, removed: Sequence[int]) -> int:
+        """How many layers may go at once without passing a depth that is wanted."""
+        left = self.num_layers - len(removed)
+        return min([self.most - len(removed), *(left - depth for depth in self.depths if depth < left)])
 
     def reached(self, removed: Sequence[int]) -> bool:
         """Whether a model without `removed` is small enough; never, where only the loss of quality is bounded."""
@@ -107,7 +113,7 @@ def target_of(section: Section, path: Path) -> Target:
         section.bytes,
         section.latency,
         section.max_loss,
-        layer_costs(path),
+        layer_costs(path) if section.parameters or section.bytes or section.latency else None,
     )
     target.check()
     return target
