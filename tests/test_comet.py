@@ -349,3 +349,20 @@ def test_evaluate_scores_once(
     monkeypatch.setenv("RAYLP_COMET_PYTHON", str(broken_comet))
     again, _ = score_translations(context, list(texts), [path, "BLEU"])
     assert all((first[key] == again[key]).all() for key in first)
+
+
+@pytest.mark.comet
+def test_a_search_by_a_mix_with_comet(
+    checkpoints: Path, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path, ray_session: None
+) -> None:
+    """Workers translate, the one process of COMET scores what they made; both are filed."""
+    name = str(checkpoints / "tiny-comet")
+    search = {"remove": 1, "objective": {"chrF++": 1.0, name: 0.01}, "block": 16, "strategy": "exhaustive"}
+    recipe = parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path / "run", search=search))
+    run(recipe, Reporter(quiet=True), only="search")
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert plan["objective"] == {"chrF2++": 1.0, name: 0.01} and plan["noise"] is None
+    assert set(plan["removed"]) < {2, 3, 4, 6}
+    lines = [json.loads(x) for f in (tmp_path / "run/ledger").glob("*.jsonl") for x in f.read_text().splitlines()]
+    filed = [line for line in lines if line["metric"].startswith("tiny-comet|checkpoint:sha256:")]
+    assert len(filed) == len(lines) / 2 and all(len(line["statistics"]) == 16 for line in filed)
