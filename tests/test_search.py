@@ -167,9 +167,10 @@ def test_too_little_memory_is_told_in_numbers(workers: Literal["auto"] | int) ->
 def others(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
     """Runs a search in a directory of its own; its plan and directory."""
 
-    def run_search(**search: object) -> tuple[dict, Path]:
+    def run_search(workers: object = "auto", **search: object) -> tuple[dict, Path]:
         run_dir = tmp_path_factory.mktemp("other") / "run"
-        recipe = recipe_for(toy_checkpoint, toy_data, run_dir, search={"remove": toy.TRUTH.num_removable, **search})
+        search = {"remove": toy.TRUTH.num_removable, **search}
+        recipe = recipe_for(toy_checkpoint, toy_data, run_dir, search=search, resources={"workers": workers})
         run(recipe, Reporter(quiet=True), only="search")
         return json.loads((run_dir / "plan.json").read_text()), run_dir
 
@@ -289,3 +290,12 @@ def test_the_best_few_are_healed_before_one_is_chosen(others) -> None:
     assert len(first["healed"]) == 2 and plan["removed"] == first["healed"][0]["removed"]
     assert first["healed"][0]["score"]["value"] >= first["healed"][1]["score"]["value"]
     assert any("|healed:" in line["decoding"] for line in ledger_lines(run_dir))
+
+
+def test_backend_auto_times_both_and_keeps_to_one(others) -> None:
+    plan, run_dir = others(workers=1, backend="auto", block=16)
+    assert tuple(sorted(plan["removed"])) in toy.TRUTH.answers
+    record = json.loads((run_dir / "search.json").read_text())
+    assert set(record["backend_seconds"]) == {"transformers", "vllm"}
+    assert plan["backend"] == min(record["backend_seconds"], key=record["backend_seconds"].get)
+    assert {line["backend"] for line in ledger_lines(run_dir) if "texts" in line} == {plan["backend"]}

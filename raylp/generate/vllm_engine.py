@@ -80,7 +80,7 @@ class VLLMGenerator:
                     seed=0,
                     **options,
                 )
-            except (ValueError, RuntimeError, NotImplementedError) as error:
+            except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
                 raise UserError(f"model {path}: vLLM cannot load it: {_cause(error)}; {_OTHER_BACKEND}") from error
         if skippable:
             self._call("raylp_watch_layers")
