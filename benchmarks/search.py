@@ -118,6 +118,9 @@ def ours(
         search.run()
     finally:
         rundir.write_json("seconds.json", seconds + time.perf_counter() - started)
+    rundir.write_text("recipe.yaml", "{}\n")  # with the plan, what `raylp replay` reads
+    rounds = [r.as_dict() for r in search.rounds]
+    rundir.write_json("plan.json", {"fingerprint": evaluator.model, "objective": {"chrF2++": 1.0}, "rounds": rounds})
     spent = evaluator.spent()
     return {
         "name": strategy,
