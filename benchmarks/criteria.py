@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="a folder with a folder for each pair")
     parser.add_argument("--pairs", default="en-de,en-id,en-hu")
     parser.add_argument("--sentences", type=int, default=128)
+    parser.add_argument("--max-words", type=int, default=14, help="longer sources are left out")
     parser.add_argument("--remove", type=int, default=3)
     parser.add_argument("--adapt", type=int, default=600, help="training pairs; 0: take the model as it is")
     parser.add_argument("--out", default="runs/criteria")
@@ -68,7 +69,7 @@ def main() -> None:
 
 def recipe_for(args: argparse.Namespace, pair: str) -> Any:
     """Adapt the model to the pair, then search exhaustively."""
-    data = Path(args.data).resolve() / pair
+    data = short_sentences(Path(args.data) / pair, Path(args.out).resolve() / "data" / pair, args.max_words)
     return parse_recipe(
         {
             "model": {"name": args.model},
@@ -94,6 +95,17 @@ def recipe_for(args: argparse.Namespace, pair: str) -> Any:
             "run_dir": str(Path(args.out) / pair),
         }
     )
+
+
+def short_sentences(source: Path, target: Path, max_words: int) -> Path:
+    """The files of a pair without its long sentences, which take most of the time; made once."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "dev", "test"):
+        lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if len(json.loads(line)["source"].split()) <= max_words]
+        if not (target / f"{split}.jsonl").exists():
+            (target / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return target
 
 
 def study(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
