@@ -302,12 +302,17 @@ def _complain(message: str, code: int) -> int:
 
 
 def _ignore_second_signal() -> Callable[[], Any]:
-    """SIGTERM stops as Ctrl-C does."""
+    """SIGTERM stops as Ctrl-C does; either is noted, should an engine swallow the exception."""
+    from raylp.progress import interrupted
+
+    interrupted.clear()
 
     def interrupt(*_: Any) -> None:
+        interrupted.set()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     return lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Set by the command line on Ctrl-C: the exception may be raised inside a callback of an engine, which swallows it.
+interrupted = threading.Event()
 LINE_EVERY_S = 3.0
 BEAT_S = 2.0
 
@@ -47,7 +49,13 @@ class Task:
         self.update(self.done + units, note)
 
     def update(self, done: float, note: str | None = None) -> None:
-        """`done` units are done in all."""
+        """`done` units are done in all.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed and nobody has seen it.
+        """
+        if interrupted.is_set() and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
         self.done = done
         self.note = self.note if note is None else note
         if self.reporter.bars is not None and self._bar is not None:
