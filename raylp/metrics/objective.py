@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from raylp.data.languages import split_pair
 from raylp.errors import UserError
 from raylp.metrics.ngram import NAMES, Metric, Statistics, metric
 from raylp.metrics.registry import check as check_metric
@@ -169,7 +170,7 @@ class Objective:
         for name, _ in self.weights:
             shared = None if name in NAMES else load_metric(name)  # one process of COMET serves all pairs
             for pair in self.pairs:
-                found[name, pair] = shared or load_metric(name, pair.partition("-")[2])
+                found[name, pair] = shared or load_metric(name, split_pair(pair)[1])
         return found
 
     def close(self) -> None:

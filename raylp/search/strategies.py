@@ -145,7 +145,7 @@ class Search:
 
     def _children(self, beam: Sequence[Removed]) -> list[Removed]:
         """Every set of the beam with one layer more, each once, in the order of their layers."""
-        free = [layer for layer in range(self.target.num_layers) if layer not in self.target.protected]
+        free = self.target.free
         found: dict[frozenset[int], Removed] = {}
         for gone in beam:
             for layer in free:
@@ -266,10 +266,11 @@ class Search:
         most = next((number for number in sizes if self.target.reached((*gone, *layers[:number]))), len(layers))
         for number in range(most, 1, -1):
             joint = (*gone, *layers[:number])
-            loss = before - self.full_score(joint).value
+            score = self.full_score(joint)
+            loss = before - score.value
             allowed = self.options.joint_tolerance * max(0.0, sum(losses[:number]))
             tried.append({"removed": list(joint), "loss": loss, "allowed": allowed})
-            if loss <= allowed and not self._too_much(self.full_score(joint)):
+            if loss <= allowed and not self._too_much(score):
                 break
         else:
             number = 1
@@ -303,7 +304,7 @@ class Search:
 
     def _oneshot(self) -> None:
         before = self.evaluator.spent()
-        free = [layer for layer in range(self.target.num_layers) if layer not in self.target.protected]
+        free = self.target.free
         values = self.evaluator.importance(self.options.criterion, (), free)
         order = sorted(free, key=lambda layer: (values[layer], layer))
         gone: Removed = ()
@@ -325,7 +326,7 @@ class Search:
 
     def _swap(self) -> None:
         """Puts a removed layer back and takes another, while that helps on all sentences."""
-        free = [layer for layer in range(self.target.num_layers) if layer not in self.target.protected]
+        free = self.target.free
         for _ in range(self.options.swaps):
             before = self.evaluator.spent()
             gone = self.rounds[-1].gone

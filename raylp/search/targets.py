@@ -28,6 +28,11 @@ class Target:
     costs: Costs | None = None
 
     @property
+    def free(self) -> list[int]:
+        """The layers that may go."""
+        return [layer for layer in range(self.num_layers) if layer not in self.protected]
+
+    @property
     def most(self) -> int:
         """How many layers can go at most."""
         free = min(self.num_layers - len(self.protected), self.num_layers - 1)
@@ -82,12 +87,11 @@ class Target:
                     f"{count} layers are to go, but the model has {self.num_layers} and {len(self.protected)} are "
                     f"protected, so at most {free} can: lower search.remove (or raise search.layers)"
                 )
-        removable = [layer for layer in range(self.num_layers) if layer not in self.protected]
         for kind in ("parameters", "bytes", "latency"):
             limit = getattr(self, kind)
             if limit is None:
                 continue
-            least, whole = self.size(kind, removable), self.size(kind, ())
+            least, whole = self.size(kind, self.free), self.size(kind, ())
             if limit >= whole:
                 raise UserError(f"search.{kind}: {limit:g} is no less than the whole model's {whole:g}; lower it")
             if limit < least:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raylp.data.languages import split_pair
 from raylp.generate.base import Output
 from raylp.generate.pool import Worker
 from raylp.heal.pack import Example
@@ -122,7 +123,7 @@ def scored(
         if name == TRANSLATION:
             rows: Sequence[Any] = [[count] for count in tokens]
         else:
-            metric = load_metric(name, block.pair.partition("-")[2])
+            metric = load_metric(name, split_pair(block.pair)[1])
             rows = metric.statistics(texts, block.references, block.sources).tolist()
         lines.append({"key": score_key(facts), **facts, "statistics": rows})
     lines[0] |= {
