@@ -3,8 +3,8 @@
     python benchmarks/search.py --model DIR --data search.jsonl --pair en-de --examples train.jsonl --remove 3
 
 The plain loop loads the model anew for every candidate, cuts the layers out of it, calls transformers' own `generate`
-on batches of as many sentences, up to the same bound, and scores with sacrebleu. `--time-candidates K` times K
-candidates of every round, from its best to its worst, and extrapolates to the rest; the table says so. raylp's
+on batches of as many sentences (--batch-size), up to the same bound, and scores with sacrebleu. `--time-candidates K`
+times K candidates of every round, from its best to its worst, and extrapolates to the rest; the table says so. raylp's
 strategies run in this process on one resident model, through the code its workers run. Everything is written to --out
 as it comes, and the same command goes on from there.
 """
@@ -37,7 +37,7 @@ from raylp.search.evaluator import LedgerEvaluator
 from raylp.search.plan import Removed, Round, protected_layers
 from raylp.search.strategies import Options, Search
 from raylp.search.targets import Target
-from raylp.search.worker import SearchWorker, Work
+from raylp.search.worker import SearchWorker, Work, pieces
 
 
 def arguments() -> argparse.Namespace:
@@ -49,7 +49,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-examples", type=int, default=3)
     parser.add_argument("--remove", type=int, default=3)
     parser.add_argument("--sentences", type=int, default=128)
-    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--block", type=int, default=16, help="sentences between two looks of a race")
+    parser.add_argument("--batch-size", type=int, default=128, help="sentences at once, for all")
     parser.add_argument("--risk", type=float, default=0.05)
     parser.add_argument("--dtype", default=None, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--strategies", default="exhaustive,race,sleb,oneshot")
@@ -72,14 +73,15 @@ def main() -> None:
     objective = Objective.of({"chrF2++": 1.0}, [args.pair])
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    worker = SearchWorker(torch.get_num_threads(), prompt.newline, str(out / "logs"))
+    worker = SearchWorker(torch.get_num_threads(), prompt.newline, str(out / "logs"), args.batch_size)
     rows: list[dict[str, Any]] = []
     found: dict[str, Search] = {}
     for strategy in args.strategies.split(","):
         row, found[strategy] = ours(strategy, args, path, blocks, objective, dtype, worker, out)
         rows.append(row)
     reference = found.get("exhaustive") or next(iter(found.values()))
-    rows.insert(0, plain(args, path, blocks, objective, prompt, dtype, reference.rounds, out))
+    batches = make_blocks(sentences, prompt, load_tokenizer(path), args.batch_size)
+    rows.insert(0, plain(args, path, batches, objective, prompt, dtype, reference.rounds, out))
     show(args, rows, len(sentences), dtype)
     (out / "table.json").write_text(json.dumps({"machine": machine(), "command": sys.argv, "rows": rows}, indent=2))
 
@@ -99,8 +101,8 @@ def ours(
     rundir = RunDir(str(out / strategy.replace(":", "-")))
 
     def compute(works: list[Work]) -> Iterator[tuple[Work, list[dict[str, Any]]]]:
-        for work in works:
-            yield work, worker.do(work)
+        for piece in pieces(works, args.batch_size, 1):
+            yield from zip(piece, worker.do_together(piece), strict=True)
 
     evaluator = LedgerEvaluator(
         path, fingerprint(path), blocks, objective, Ledger(rundir), compute, "transformers", dtype
@@ -262,8 +264,8 @@ def generate_plainly(model: Any, tokenizer: Any, block: Block, rule: StopRule, n
 def show(args: argparse.Namespace, rows: list[dict[str, Any]], sentences: int, dtype: str) -> None:
     """The table."""
     title = (
-        f"{args.model}, {args.pair}, {sentences} sentences, {args.remove} layers out, {dtype}, blocks of {args.block}, "
-        f"{torch.get_num_threads()} threads"
+        f"{args.model}, {args.pair}, {sentences} sentences, {args.remove} layers out, {dtype}, batches of "
+        f"{args.batch_size}, blocks of {args.block}, {torch.get_num_threads()} threads"
     )
     table = Table(title=title, title_justify="left")
     for column in ("", "seconds", "faster", "units", "sentences", "fewer", "removed", "chrF2++ without", "note"):

@@ -187,6 +187,26 @@ def report(run_dir: RunArgument) -> None:
 
 
 @app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Runs, or RUN:MODEL; by default a run's healed model.")],
+    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap behind every interval.")] = 1000,
+) -> None:
+    """Models of different runs on the same test text: scores, and differences to the first, with intervals.
+
+    Example: `raylp compare runs/exhaustive runs/race runs/demo:baseline-healed`
+    """
+    from rich.console import Console
+
+    from raylp.evaluate.compare import compare as compare_models
+    from raylp.evaluate.compare import find_entrant, render
+
+    if len(models) < 2:
+        raise UserError("name at least two runs, such as: raylp compare runs/exhaustive runs/race")
+    found = compare_models([find_entrant(name) for name in models], resamples)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(render(found))
+
+
+@app.command()
 def plan(run_dir: RunArgument) -> None:
     """What was removed, in the original model's indices, and why.
 

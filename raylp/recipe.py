@@ -91,12 +91,15 @@ class Resources(Section):
     to 4).
 
     `gpus_per_worker`: of each of them: 0.5 for two on a GPU, 2 for a model that needs two GPUs (auto: by its size).
+    `batch_size`: sentences that one of them translates at once, in a search of several candidates together (auto: 256
+    on a GPU and 128 on a CPU, as far as memory allows).
     `address`: of a Ray cluster (default: $RAY_ADDRESS, else a Ray of its own on this machine).
     `cpus`: logical CPUs of such a Ray of its own; they may exceed the cores.
     """
 
     workers: int | Literal["auto"] = "auto"
     gpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     address: str | None = None
     cpus: int | None = Field(None, ge=1)
     gpus: int | None = Field(None, ge=0)

@@ -1,7 +1,8 @@
 """Drafts change how long generation takes, never what it says; and which requests are generated together."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,19 +32,20 @@ def requests_for(generator: TransformersGenerator) -> list[Request]:
     return [Request(tuple(generator.tokenizer(p).input_ids), n) for p, n in zip(PROMPTS, NEW, strict=True)]
 
 
+@contextmanager
+def passes_of(generator: TransformersGenerator) -> Iterator[list[None]]:
+    """As many entries as the model is run."""
+    passes: list[None] = []
+    hook = generator.model.register_forward_pre_hook(lambda *_: passes.append(None))
+    yield passes
+    hook.remove()
+
+
 def forwards(generator: TransformersGenerator, *asked: object) -> tuple[list[Output], int]:
     """What `generate` returns, and how often it ran the model."""
-    count = 0
-
-    def note(*_: object) -> None:
-        nonlocal count
-        count += 1
-
-    hook = generator.model.register_forward_pre_hook(note)
-    try:
-        return generator.generate(*asked), count
-    finally:
-        hook.remove()
+    with passes_of(generator) as passes:
+        outputs = generator.generate(*asked)
+    return outputs, len(passes)
 
 
 def bad_drafts(right: Sequence[tuple[int, ...]], stop: int, seed: int = 0) -> dict[str, list[tuple[int, ...]]]:
@@ -76,6 +78,40 @@ def test_same_tokens_with_any_draft(family: str) -> None:
     for name, drafts in bad_drafts(right, min(generator.rule.stop)).items():
         assert generator.generate(asked, [3, 1], drafts) == plain, name
     assert generator.generate(asked, (), right) == generator.generate(asked), "the parent's draft for another view"
+
+
+VIEWS = [[1], [2], [1, 3], [0], [5], [2]]  # some go without a layer that all others have, one twice
+
+
+@pytest.mark.parametrize("step_tokens", [1, 64])
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_views_that_share_a_batch_say_what_each_says_alone(family: str, step_tokens: int) -> None:
+    """Rows end at different times, until a layer has no row left that runs it; prompts share their beginning."""
+    generator = generator_for(toy.tiny_random(family), step_tokens)
+    generator.batch_size = 64
+    asked = requests_for(generator)
+    parts = [asked, asked[:2], asked[1:], asked[3:], asked, asked[:1]]
+    alone = [generator.generate(own, view) for own, view in zip(parts, VIEWS, strict=True)]
+    drafts = [[output.tokens[: i + 3] for i, output in enumerate(outputs)] for outputs in alone]
+    given = drafts if step_tokens > 1 else [None] * len(VIEWS)
+    together = generator.generate_together(list(zip(parts, VIEWS, given, strict=True)))
+    assert generator._by_row
+    assert together == alone
+    assert generator.generate(asked) == generator.generate_together([(asked, (), None)])[0], "the model is as it was"
+
+
+def test_a_shared_batch_takes_as_many_passes_as_its_longest_row(toy_checkpoint: Path) -> None:
+    generator = generator_for(toy_checkpoint, step_tokens=1)
+    generator.batch_size = 64
+    prompts = [f"{row['source']} =" for row in toy.toy_pairs(8, 5)]
+    asked = [Request(tuple(generator.tokenizer(prompt).input_ids), 16) for prompt in prompts]
+    views = [(asked, (layer,), None) for layer in (1, 2, 3, 4)]
+    alone = [forwards(generator, own, removed) for own, removed, _ in views]
+    assert generator._by_row  # asked once, in a pass of its own
+    with passes_of(generator) as passes:
+        together = generator.generate_together(views)
+    assert together == [outputs for outputs, _ in alone]
+    assert len(passes) == max(alone_passes for _, alone_passes in alone)
 
 
 def test_translations_with_drafts(toy_checkpoint: Path) -> None:

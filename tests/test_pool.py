@@ -32,7 +32,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot im
 class Waiter(Worker):
     """Only waits; what it was given is noted in its log. It imports no torch, so that many of them start quickly."""
 
-    def __init__(self, threads: int, newline: bool, log: str) -> None:
+    def __init__(self, threads: int, newline: bool, log: str, batch_size: int | None = None) -> None:
         self.log = Path(log)
 
     def wait(self, seconds: float, name: str = "") -> tuple[str, int]:

@@ -8,14 +8,12 @@ from raylp.context import Context
 from raylp.data.corpus import Pair, write_jsonl
 from raylp.evaluate.results import write_results
 from raylp.evaluate.scores import score_translations
-from raylp.generate.pool import Pool, plan_workers
+from raylp.generate.pool import Pool, batch_size_of, plan_workers
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.progress import Task
-
-BLOCK = 16
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -27,6 +25,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     described = {name: sizes(path) for name, path in models.items()}
     layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
     dtype = context.dtype if recipe.dtype == "auto" else recipe.dtype
+    rows = batch_size_of(context.recipe.resources, layout)
     jobs = [
         (name, path, test_set, examples)
         for name, path in models.items()
@@ -34,10 +33,11 @@ def evaluate(context: Context) -> dict[str, Any]:
         if not context.rundir.exists(f"translations/{name}/{test_set}.jsonl")
     ]
     with context.reporter.task("evaluate", sum(len(examples) for *_, examples in jobs)) as task:
-        pool = Pool(layout, context.prompt.newline, context.rundir.logs())
+        pool = Pool(layout, context.prompt.newline, context.rundir.logs(), batch_size=rows)
         try:
             for name, path, test_set, examples in jobs:
-                _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype)
+                block = min(rows, -(-len(examples) // layout.workers))
+                _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype, block)
         finally:
             pool.close()
     statistics, metrics = score_translations(context, list(models), recipe.metrics)
@@ -110,21 +110,22 @@ def _translate(
     examples: list[Pair],
     backend: str,
     dtype: str,
+    block: int,
 ) -> None:
-    """One model over one test set, block by block; finished blocks are kept until all are there."""
+    """One model over one test set, `block` sentences at a time; finished blocks are kept until all are there."""
     requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
-    parts = context.rundir.scratch(f"translations/{name}/{test_set}")
-    starts = range(0, len(examples), BLOCK)
+    parts = context.rundir.scratch(f"translations/{name}/{test_set}/{block}")
+    starts = range(0, len(examples), block)
     missing = [start for start in starts if not (parts / f"{start}.jsonl").exists()]
-    task.advance(len(examples) - sum(min(BLOCK, len(examples) - start) for start in missing))
+    task.advance(len(examples) - sum(min(block, len(examples) - start) for start in missing))
 
     def submit(worker: Any, start: int) -> Any:
-        return worker.translate.remote(str(path), backend, dtype, requests[start : start + BLOCK])
+        return worker.translate.remote(str(path), backend, dtype, requests[start : start + block])
 
     for start, (outputs, _) in pool.run(missing, submit, task):
         rows = [
             {**example.as_dict(), "hypothesis": output.text, "finish": output.finish}
-            for example, output in zip(examples[start : start + BLOCK], outputs, strict=True)
+            for example, output in zip(examples[start : start + block], outputs, strict=True)
         ]
         partial = parts / f".{start}.part"
         partial.write_text(write_jsonl(rows), encoding="utf-8")

@@ -30,6 +30,10 @@ class Output:
     finish: str
 
 
+# What one view is asked: the requests, the layers it goes without, and drafts if there are any.
+Asked = tuple[Sequence[Request], Sequence[int], Sequence[Sequence[int]] | None]
+
+
 class Generator(Protocol):
     """A resident model that translates with any of its layers left out.
 

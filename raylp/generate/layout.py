@@ -9,7 +9,7 @@ from raylp.errors import UserError
 GPU_SHARE = 0.9  # of a GPU's memory that can be used
 GPU_BYTES = 3e9  # beside the weights: CUDA context, activations, keys and values of a batch
 MAX_PER_GPU = 4  # more small models on one GPU only wait for each other
-CPU_BYTES = 1.2e9  # interpreter, libraries, activations and cache of a worker with a small model, on the CPU
+CPU_BYTES = 2e9  # interpreter, libraries, activations and cache of a worker with a small model, on the CPU
 MAX_ON_CPU = 4
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from raylp import cluster
 from raylp.errors import UserError
 from raylp.generate.auto import Choice, choose_backend, close, free_memory
-from raylp.generate.base import Generator, Output, Request
+from raylp.generate.base import Asked, Generator, Output, Request
 from raylp.generate.layout import Layout, on_cpus, on_gpus
 from raylp.generate.schedule import Pace, most_copies
 from raylp.progress import Task
@@ -67,11 +67,11 @@ def make_generator(
 class Worker:
     """Runs in a Ray actor. Holds one model at a time; `threads` are torch's. Every use of the engine is noted first."""
 
-    def __init__(self, threads: int, newline: bool, log: str) -> None:
+    def __init__(self, threads: int, newline: bool, log: str, batch_size: int | None = None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.newline = newline
+        self.newline, self.batch_size = newline, batch_size
         self.log = Path(log)
         self.log.mkdir(parents=True, exist_ok=True)
         self.loaded: tuple[Any, ...] | None = None
@@ -93,11 +93,24 @@ class Worker:
     ) -> tuple[list[Output], float]:
         """Outputs, and the seconds they took without loading."""
         generator = self.hold(path, backend, dtype, skippable)
-        with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
-            stream.write(json.dumps({"path": path, "removed": list(removed), "sentences": len(requests)}) + "\n")
+        self._note(path, removed, len(requests))
         started = time.perf_counter()
         outputs = generator.generate(requests, removed, drafts)
         return outputs, time.perf_counter() - started
+
+    def translate_together(self, path: str, dtype: str, asked: Sequence[Asked]) -> tuple[list[list[Output]], float]:
+        """Outputs of several views in shared batches of transformers, and the seconds that all took."""
+        generator: Any = self.hold(path, "transformers", dtype)
+        for requests, removed, _ in asked:
+            self._note(path, removed, len(requests))
+        started = time.perf_counter()
+        outputs = generator.generate_together(asked)
+        return outputs, time.perf_counter() - started
+
+    def _note(self, path: str, removed: Sequence[int], sentences: int) -> None:
+        """Says what is about to be generated: what is killed on the way has been work too."""
+        with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
+            stream.write(json.dumps({"path": path, "removed": list(removed), "sentences": sentences}) + "\n")
 
     def hold(self, path: str, backend: str, dtype: str, skippable: bool = False) -> Generator:
         """The model, resident from now on; another one is let go."""
@@ -105,7 +118,7 @@ class Worker:
         if self.loaded != wanted or self.generator is None:
             self._unload()
             self.generator = make_generator(
-                Path(path), backend, dtype, self.newline, skippable=skippable, gpus=self.gpus
+                Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus
             )
             self.loaded = wanted
         return self.generator
@@ -118,7 +131,7 @@ class Worker:
 
         def load(backend: str) -> Generator:
             skippable = backend == "vllm" and any(removed_sets)
-            return make_generator(Path(path), backend, dtype, self.newline, skippable=skippable, gpus=self.gpus)
+            return make_generator(Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus)
 
         return choose_backend(load, requests, removed_sets)
 
@@ -162,6 +175,13 @@ def plan_workers(resources: Resources, weights_bytes: float) -> Layout:
     return Layout(min(found.workers, max(1, int(ray.cluster_resources().get("CPU", 1)))), found.gpus)
 
 
+def batch_size_of(resources: Resources, layout: Layout) -> int:
+    """Sentences that a resident model translates at once, as the recipe says or as its device takes."""
+    from raylp.generate.transformers_view import ROWS
+
+    return ROWS["cuda" if layout.gpus else "cpu"] if resources.batch_size == "auto" else resources.batch_size
+
+
 def _gpu_bytes() -> int:
     """Memory of one of the cluster's GPUs; they are taken to be alike."""
     import ray
@@ -200,11 +220,18 @@ class _Job:
 class Pool:
     """Workers of the class `kind`. `size`: how many, or a `Layout`; a mere number shares GPUs and cores evenly.
 
-    `cpus`: logical CPUs of each. `copies` counts the units that were given to a second worker.
+    `cpus`: logical CPUs of each; `batch_size`: sentences it translates at once (default: by its device). `copies`
+    counts the units that were given to a second worker.
     """
 
     def __init__(
-        self, size: int | Layout, newline: bool, log: Path, kind: type[Worker] = Worker, cpus: float = 1.0
+        self,
+        size: int | Layout,
+        newline: bool,
+        log: Path,
+        kind: type[Worker] = Worker,
+        cpus: float = 1.0,
+        batch_size: int | None = None,
     ) -> None:
         import ray
 
@@ -214,7 +241,8 @@ class Pool:
         if size.gpus:
             options["num_gpus"] = size.gpus
         threads = max(1, cluster.cores() // size.workers)
-        self._new: Callable[[], Any] = lambda: ray.remote(kind).options(**options).remote(threads, newline, str(log))
+        given = (threads, newline, str(log), batch_size)
+        self._new: Callable[[], Any] = lambda: ray.remote(kind).options(**options).remote(*given)
         self._members = [self._start() for _ in range(size.workers)]
         self._flying: dict[Any, tuple[_Member, _Job]] = {}
         self._failed_starts = 0

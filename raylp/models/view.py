@@ -4,8 +4,9 @@
 place. Both belong to the view that is active, so a process has one active view of a model at a time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from raylp.errors import UserError
@@ -90,6 +91,114 @@ def resumed(model: Any, layers: Sequence[int]) -> Iterator[Any]:
     place = layers[0] - 1 if layers else stack.num_layers - 1
     with _running(model, stack, [place, *layers], {place: entry}):
         yield entry
+
+
+class ByRow:
+    """Which rows of a batch run a layer of the active view that not all rows run; layers are told by their place in it.
+
+    `rows`: those that run it, and whose keys and values its cache holds, in rising order. A layer that no row wants
+    runs all the same, for one row and without effect, so that its cache grows as those of the others do: `idle`.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[int]] = {}
+        self.idle: set[int] = set()
+
+    def assign(self, skips: Sequence[Collection[int]]) -> None:
+        """From now on row r of every batch goes without the layers at the places `skips[r]`."""
+        places = sorted({place for own in skips for place in own})
+        self.rows = {place: [r for r, own in enumerate(skips) if place not in own] for place in places}
+        self.idle = {place for place, rows in self.rows.items() if not rows}
+        self.rows |= {place: [0] for place in self.idle}
+
+    def keep(self, going: Sequence[int]) -> dict[int, list[int]]:
+        """Only the rows `going` are left, in this order: for each layer, what to keep of what its cache holds."""
+        new = {row: place for place, row in enumerate(going)}
+        chosen: dict[int, list[int]] = {}
+        for place, rows in self.rows.items():
+            chosen[place] = [i for i, row in enumerate(rows) if row in new and place not in self.idle]
+            self.rows[place] = [new[rows[i]] for i in chosen[place]]
+            if not chosen[place]:
+                self.idle.add(place)
+                chosen[place], self.rows[place] = [0], [0]
+        return chosen
+
+    def run(self, place: int, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer at `place` on the rows that want it; the others pass it by."""
+        import torch
+
+        if place not in self.rows:
+            return layer(*args, **kwargs)
+        states = args[0] if args else kwargs["hidden_states"]
+        index = torch.tensor(self.rows[place], device=states.device)
+        pick = partial(_pick, index=index, rows=len(states))
+        result = layer(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
+        own, *more = result if isinstance(result, tuple) else (result,)
+        merged = states if place in self.idle else states.index_copy(0, index, own.to(states.device))
+        return (merged, *more) if isinstance(result, tuple) else merged
+
+
+def _pick(value: Any, index: Any, rows: int) -> Any:
+    """The part of a layer's argument that belongs to the rows `index`: of tensors (rows, ...), and what holds them."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value[index] if value.ndim > 1 and len(value) == rows else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_pick(part, index, rows) for part in value)
+    return value
+
+
+@contextmanager
+def without_layers_by_row(model: Any, removed: Iterable[int], further: Iterable[int]) -> Iterator[ByRow]:
+    """`without_layers`, where each row of a batch may also go without some of the layers `further` (all places of it).
+
+    One pass then serves many candidates, and weights that all of them have are read once.
+    """
+    stack = find_stack(model)
+    with without_layers(model, removed):
+        running = model.get_submodule(stack.path)
+        by_row = ByRow()
+        patched = [(running[place], place) for place in further]
+        before = [layer.__dict__.get("forward") for layer, _ in patched]  # accelerate puts one there
+        for layer, place in patched:
+            layer.forward = partial(by_row.run, place, layer.forward)
+        try:
+            yield by_row
+        finally:
+            for (layer, _), forward in zip(patched, before, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+
+def runs_by_row(model: Any) -> bool:
+    """Whether all that the layers are given belongs to rows or to none, so that rows can be taken apart."""
+    import torch
+
+    rows = 7  # no model has heads, sections or tokens like that
+    found: list[bool] = []
+
+    def look(value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return value.ndim < 2 or len(value) in (1, rows)
+        return not isinstance(value, (tuple, list)) or all(map(look, value))
+
+    def hook(_: Any, args: Any, kwargs: Any) -> None:
+        found.append(look(args) and look(list(kwargs.values())))
+
+    layer = model.get_submodule(find_stack(model).path)[0]
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=torch.ones((rows, 5), dtype=torch.long, device=model.device),
+                attention_mask=torch.tensor([[0] + [1] * 4] * rows, device=model.device),
+            )
+    finally:
+        handle.remove()
+    return all(found)
 
 
 @contextmanager

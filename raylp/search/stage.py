@@ -8,7 +8,8 @@ from typing import Any
 from raylp import cluster
 from raylp.context import Context
 from raylp.errors import UserError
-from raylp.generate.pool import Pool, plan_workers
+from raylp.generate.layout import Layout
+from raylp.generate.pool import Pool, batch_size_of, plan_workers
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.pack import Example
 from raylp.ledger import Ledger
@@ -26,7 +27,7 @@ from raylp.search.plan import Removed, Round, num_evaluations, protected_layers
 from raylp.search.short_heal import ShortHeal
 from raylp.search.strategies import TIMES, Options, Search
 from raylp.search.targets import Target, most_evaluations, target_of
-from raylp.search.worker import SearchWorker, Work
+from raylp.search.worker import SearchWorker, Work, pieces
 
 SCHEMA = 1
 RECORD = "search.json"  # what a search took, and how its backend was chosen: no part of its decisions
@@ -78,11 +79,12 @@ def search(context: Context) -> dict[str, Any]:
     cluster.start(context.recipe.resources)
     layout = plan_workers(context.recipe.resources, count_parameters(path)[1])
     objective = Objective.of(section.objective, [example.pair for example in context.splits.search])
-    pool = Pool(layout, context.prompt.newline, context.rundir.logs(), SearchWorker)
+    rows = batch_size_of(context.recipe.resources, layout)
+    pool = Pool(layout, context.prompt.newline, context.rundir.logs(), SearchWorker, batch_size=rows)
     try:
         with context.reporter.task("search") as task:
             progress = Progress(context, task, section, target)
-            evaluator = make_evaluator(context, objective, ledger, pool, task, progress, layout.gpus)
+            evaluator = make_evaluator(context, objective, ledger, pool, task, progress, layout)
             task.expect(most_evaluations(section, target) * len(evaluator.blocks))
             work = Search(evaluator, target, options_of(section), progress.round, progress.look)
             baseline = work.full_score(())
@@ -133,7 +135,7 @@ def make_evaluator(
     pool: Pool,
     task: Task,
     progress: "Progress",
-    gpus_per_worker: float,
+    layout: Layout,
 ) -> LedgerEvaluator:
     """Scores over the pool's workers."""
     section = context.recipe.search
@@ -142,8 +144,13 @@ def make_evaluator(
     blocks = make_blocks(context.splits.search, context.prompt, tokenizer, section.block)
     dtype = context.dtype if section.dtype == "auto" else section.dtype
 
+    rows = batch_size_of(context.recipe.resources, layout)
+
     def compute(works: list[Work]) -> Iterable[tuple[Work, list[dict[str, Any]]]]:
-        return pool.run(works, lambda worker, work: worker.do.remote(work), task, lambda work: work.cost)
+        together = pieces(works, rows, layout.workers)
+        submit = lambda worker, piece: worker.do_together.remote(piece)  # noqa: E731
+        for piece, lines in pool.run(together, submit, task, lambda piece: sum(work.cost for work in piece)):
+            yield from zip(piece, lines, strict=True)
 
     return LedgerEvaluator(
         path,
@@ -155,9 +162,9 @@ def make_evaluator(
         pinned_backend(context, pool, task, blocks, dtype),
         dtype,
         context.prompt.chat,
-        gpus_per_worker,
+        layout.gpus,
         section.seed,
-        (lambda text: context.prompt.target_tokens(tokenizer, text)) if gpus_per_worker else None,
+        (lambda text: context.prompt.target_tokens(tokenizer, text)) if layout.gpus else None,
         heals_on(context, tokenizer),
         section.short_heal or ShortHeal(),
         progress.unit,

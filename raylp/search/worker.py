@@ -39,6 +39,11 @@ class Translate:
     drafts: tuple[tuple[int, ...], ...] | None = None
 
     @property
+    def backend(self) -> str:
+        """What it is to be translated by."""
+        return next(iter(self.facts.values()))["backend"]
+
+    @property
     def cost(self) -> float:
         """Tokens at most, which its time goes with."""
         return sum(request.max_new_tokens for request in self.block.requests)
@@ -112,6 +117,28 @@ class Weigh:
 Work = Translate | HealAndTranslate | Force | Weigh
 
 
+def pieces(works: Sequence[Work], rows: int, workers: int) -> list[Sequence[Work]]:
+    """Which translations are made together: at most `rows` sentences, and enough pieces for all workers.
+
+    Views of a transformers model share batches within a language pair, whose prompts begin alike; vLLM translates with
+    one view at a time. Other work is a piece by itself.
+    """
+    together = sorted((work for work in works if isinstance(work, Translate)), key=_shared)
+    most = min(rows, -(-sum(len(work.block) for work in together) // workers))
+    found: list[list[Translate]] = []
+    for work in together:
+        fits = found and sum(len(other.block) for other in found[-1]) + len(work.block) <= most
+        if not fits or _shared(found[-1][-1]) != _shared(work):
+            found.append([])
+        found[-1].append(work)
+    return [*found, *([work] for work in works if not isinstance(work, Translate))]
+
+
+def _shared(work: Translate) -> tuple[str, tuple[int, ...]]:
+    """What translations that are made together have in common."""
+    return (work.block.pair, ()) if work.backend == "transformers" else ("", work.removed)
+
+
 def scored(
     block: Block, outputs: Sequence[Output], facts_by_name: dict[str, dict[str, Any]], seconds: float
 ) -> list[dict[str, Any]]:
@@ -139,8 +166,8 @@ def scored(
 class SearchWorker(Worker):
     """A worker that also scores."""
 
-    def __init__(self, threads: int, newline: bool, log: str) -> None:
-        super().__init__(threads, newline, log)
+    def __init__(self, threads: int, newline: bool, log: str, batch_size: int | None = None) -> None:
+        super().__init__(threads, newline, log, batch_size)
         self.scorers: dict[tuple[str, ...], ForcedScorer] = {}
 
     def _unload(self) -> None:
@@ -149,7 +176,31 @@ class SearchWorker(Worker):
 
     def do(self, work: Work) -> list[dict[str, Any]]:
         """The ledger lines of a piece of work."""
-        lines = self._lines(work)
+        return self._file(work, self._lines(work))
+
+    def do_together(self, works: Sequence[Any]) -> list[list[dict[str, Any]]]:
+        """The ledger lines of each of the works of a piece. Translations share batches, seconds go by their tokens."""
+        if len(works) == 1:
+            return [self.do(works[0])]
+        made, seconds = self._made_together(works)
+        tokens = [sum(len(output.tokens) for output in outputs) for outputs in made]
+        shares = [seconds * own / max(1, sum(tokens)) for own in tokens]
+        return [
+            self._file(work, scored(work.block, outputs, work.facts, share))
+            for work, outputs, share in zip(works, made, shares, strict=True)
+        ]
+
+    def _made_together(self, works: Sequence[Translate]) -> tuple[list[list[Output]], float]:
+        path, dtype = works[0].path, next(iter(works[0].facts.values()))["dtype"]
+        if works[0].backend == "transformers":
+            asked = [(work.block.requests, work.removed, work.drafts) for work in works]
+            return self.translate_together(path, dtype, asked)
+        requests = [request for work in works for request in work.block.requests]
+        outputs, seconds = self.translate(path, "vllm", dtype, requests, works[0].removed, True)
+        every = iter(outputs)
+        return [[next(every) for _ in work.block.requests] for work in works], seconds
+
+    def _file(self, work: Work, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for line in lines:
             line["worker"] = f"{socket.gethostname()}:{self.pid()}"
         write_segment(RunDir(work.run_url), lines)
@@ -163,8 +214,7 @@ class SearchWorker(Worker):
         return self._forced(work) if isinstance(work, Force) else self._weighed(work)
 
     def _translated(self, work: Translate) -> list[dict[str, Any]]:
-        any_facts = next(iter(work.facts.values()))
-        backend, dtype = any_facts["backend"], any_facts["dtype"]
+        backend, dtype = work.backend, next(iter(work.facts.values()))["dtype"]
         outputs, seconds = self.translate(
             work.path, backend, dtype, work.block.requests, work.removed, backend == "vllm", work.drafts
         )
