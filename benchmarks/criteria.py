@@ -30,6 +30,7 @@ from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.search.blocks import make_blocks
 from raylp.search.evaluator import LedgerEvaluator
+from raylp.search.plan import lowest_first
 from raylp.search.worker import SearchWorker
 
 CRITERIA = (
@@ -135,7 +136,7 @@ def study(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
         taken = r["removed"][0]
         for criterion in CRITERIA:
             values = evaluator.importance(criterion, gone, layers)
-            order = sorted(layers, key=lambda layer: (values[layer], layer))
+            order = lowest_first({layer: values[layer] for layer in layers})
             rows.append(
                 {
                     "pair": pair,

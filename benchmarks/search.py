@@ -6,7 +6,8 @@ The plain loop loads the model anew for every candidate, cuts the layers out of 
 on batches of as many sentences (--batch-size), up to the same bound, and scores with sacrebleu. `--time-candidates K`
 times K candidates of every round, from its best to its worst, and extrapolates to the rest; the table says so. raylp's
 strategies run in this process on one resident model, through the code its workers run. Everything is written to --out
-as it comes, and the same command goes on from there.
+as it comes, and the same command goes on from there. `--trace FILE` writes what was generated, row by row, for
+benchmarks/projection.py, which says what the same searches would take on a model of another size.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt, choose_examples
-from raylp.generate.base import StopRule, stop_rule, to_output
+from raylp.generate.base import StopRule, common_prefix, stop_rule, to_output
 from raylp.ledger import Ledger
 from raylp.machine import machine
 from raylp.metrics.objective import Objective
@@ -55,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default=None, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--strategies", default="exhaustive,race,sleb,oneshot")
     parser.add_argument("--time-candidates", type=int, default=3, help="of every round of the plain loop; 0: all")
+    parser.add_argument("--trace", type=Path, help="where to write what was generated; needs the exhaustive search")
     parser.add_argument("--out", default="runs/bench-search", help="where ledgers and times are kept")
     return parser.parse_args()
 
@@ -83,6 +85,8 @@ def main() -> None:
     batches = make_blocks(sentences, prompt, load_tokenizer(path), args.batch_size)
     rows.insert(0, plain(args, path, batches, objective, prompt, dtype, reference.rounds, out))
     show(args, rows, len(sentences), dtype)
+    if args.trace:
+        write_trace(args, rows, found["exhaustive"].rounds, blocks, out)
     (out / "table.json").write_text(json.dumps({"machine": machine(), "command": sys.argv, "rows": rows}, indent=2))
 
 
@@ -98,11 +102,16 @@ def ours(
 ) -> tuple[dict[str, Any], Search]:
     """One strategy in this process. A second time its time is that of its ledger's lines, the sum of all work."""
     name, _, criterion = strategy.partition(":")
+    tokenizer = load_tokenizer(path)
     rundir = RunDir(str(out / strategy.replace(":", "-")))
 
     def compute(works: list[Work]) -> Iterator[tuple[Work, list[dict[str, Any]]]]:
-        for piece in pieces(works, args.batch_size, 1):
-            yield from zip(piece, worker.do_together(piece), strict=True)
+        for piece in pieces(works, args.batch_size, 1, evaluator.expected):
+            lines = worker.do_together(piece)
+            texts = [text for own in lines for text in own[0].get("texts", ())]
+            with (out / f"{strategy.replace(':', '-')}.calls.jsonl").open("a") as stream:
+                stream.write(json.dumps([len(tokenizer(text).input_ids) + 1 for text in texts]) + "\n")
+            yield from zip(piece, lines, strict=True)
 
     evaluator = LedgerEvaluator(
         path, fingerprint(path), blocks, objective, Ledger(rundir), compute, "transformers", dtype
@@ -120,9 +129,10 @@ def ours(
         search.run()
     finally:
         rundir.write_json("seconds.json", seconds + time.perf_counter() - started)
-    rundir.write_text("recipe.yaml", "{}\n")  # with the plan, what `raylp replay` reads
+    rundir.write_text("recipe.yaml", "{}\n")  # with the plan, what `raylp replay` and scaling.py read
     rounds = [r.as_dict() for r in search.rounds]
-    rundir.write_json("plan.json", {"fingerprint": evaluator.model, "objective": {"chrF2++": 1.0}, "rounds": rounds})
+    plan = {"fingerprint": evaluator.model, "num_layers": num_layers, "objective": {"chrF2++": 1.0}, "rounds": rounds}
+    rundir.write_json("plan.json", plan)
     spent = evaluator.spent()
     return {
         "name": strategy,
@@ -196,6 +206,43 @@ def plain(
         if complete
         else f"{timed} of {sum(len(r.candidates) for r in rounds)} candidates timed, extrapolated",
     }
+
+
+def write_trace(
+    args: argparse.Namespace, rows: list[dict[str, Any]], rounds: Sequence[Round], blocks: list[Block], out: Path
+) -> None:
+    """Rows of every call of the strategies; rows and steps of every batch of the plain loop, by the exhaustive search.
+
+    transformers' generate ends a batch with its last row, and knows no loops.
+    """
+    lines = {
+        (tuple(line["removed"]), line["block"]): line
+        for file in (out / "exhaustive" / "ledger").glob("*.jsonl")
+        for line in map(json.loads, file.read_text().splitlines())
+        if "texts" in line
+    }
+    tokenizer = load_tokenizer(locate(args.model, None))
+    calls = []
+    for candidate in (candidate for r in rounds for candidate in r.candidates):
+        steps = []
+        for block in blocks:
+            line = lines[tuple(sorted(candidate.removed)), block.hash]
+            for text, finish, request in zip(line["texts"], line["finish"], block.requests, strict=True):
+                steps.append(len(tokenizer(text).input_ids) + 1 if finish == "stop" else request.max_new_tokens)
+        batches = [steps[start : start + args.batch_size] for start in range(0, len(steps), args.batch_size)]
+        calls += [[len(batch), max(batch)] for batch in batches]
+    prompts = [request.tokens for block in blocks for request in block.requests]
+    files = {row["name"]: out / f"{row['name'].replace(':', '-')}.calls.jsonl" for row in rows[1:]}
+    made = {name: list(map(json.loads, file.read_text().splitlines())) for name, file in files.items() if file.exists()}
+    trace: dict[str, Any] = {
+        "of": f"{args.model}, {args.pair}, {args.sentences} sentences, {args.remove} layers out",
+        "batch_size": args.batch_size,
+        "prompt_tokens": round(sum(map(len, prompts)) / len(prompts)),
+        "shared_tokens": common_prefix(prompts),
+        "loop": {"candidates": sum(len(r.candidates) for r in rounds), "calls": calls},
+        "strategies": {name: [lengths for lengths in calls if lengths] for name, calls in made.items()},
+    }
+    args.trace.write_text(json.dumps(trace) + "\n")
 
 
 def spread(r: Round, count: int) -> list[Any]:

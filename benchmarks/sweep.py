@@ -15,50 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from shapes import SHAPES, random_model
 
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt
+from raylp.data.tokens import Example, examples_of
 from raylp.errors import UserError
 from raylp.models.load import load_model, load_tokenizer
 from raylp.models.source import locate
-from raylp.search.forced import Cost, Example, ForcedScorer, examples_of, plain_cost, sweep_cost
-
-# Randomly initialised: (model type, configuration). 8b is Llama 3.1's shape, aya-8b Aya Expanse's.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": (
-        "llama",
-        {
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "vocab_size": 8192,
-        },
-    ),
-    "8b": (
-        "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-    ),
-    "aya-8b": (
-        "cohere",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 256000,
-        },
-    ),
-}
+from raylp.search.forced import Cost, ForcedScorer, plain_cost, sweep_cost
 
 
 def main(
@@ -154,18 +119,6 @@ def report(scorer: ForcedScorer, clock: "Clock", repeats: int, plain_candidates:
         f"\nplain / sweep: {seconds / sweep_seconds:.2f} measured, {plain_expected / sweep_expected:.2f} by the count"
     )
     print(f"next round: {scorer.spent.layers - before.layers} units with the states kept, {fresh.layers} without")
-
-
-def random_model(shape: str, dtype: str, device: str) -> Any:
-    """A model of the shape, made on the device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind, options = SHAPES[shape]
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=getattr(torch, dtype))
-    return model.eval().requires_grad_(False)
 
 
 def random_examples(count: int, prompt_length: int, target_length: int) -> list[Example]:

@@ -14,7 +14,7 @@ from raylp.cli import main
 ROOT = Path(__file__).parent.parent
 VERBS = [
     *("run", "search", "prune", "distill", "heal", "evaluate", "bench"),
-    *("serve", "translate", "report", "plan", "submit", "doctor"),
+    *("serve", "translate", "report", "compare", "plan", "replay", "submit", "doctor"),
 ]
 
 

@@ -10,10 +10,12 @@ import toy
 
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt
+from raylp.data.tokens import Example, examples_of
 from raylp.errors import UserError
 from raylp.models.load import load_model, load_tokenizer
-from raylp.search.criteria import angular_blocks, importance, order
-from raylp.search.forced import Example, ForcedScorer, examples_of
+from raylp.search.criteria import angular_blocks, importance
+from raylp.search.forced import ForcedScorer
+from raylp.search.plan import lowest_first
 
 EXAMPLES = [
     Example((5, 17, 250, 99), (31, 32, 33)),
@@ -174,13 +176,13 @@ def test_perplexity_is_that_of_the_model_without_the_layer() -> None:
 
 def test_blind_baselines() -> None:
     scorer = scorer_for("llama")
-    assert order(importance("tail", scorer)) == [5, 4, 3, 2, 1, 0]
-    assert order(importance("tail", scorer, (5,))) == [4, 3, 2, 1, 0]
-    assert sorted(order(importance("middle", scorer))[:4]) == [1, 2, 3, 4]
-    orders = {tuple(order(importance("random", scorer, seed=seed))) for seed in range(8)}
+    assert lowest_first(importance("tail", scorer)) == [5, 4, 3, 2, 1, 0]
+    assert lowest_first(importance("tail", scorer, (5,))) == [4, 3, 2, 1, 0]
+    assert sorted(lowest_first(importance("middle", scorer))[:4]) == [1, 2, 3, 4]
+    orders = {tuple(lowest_first(importance("random", scorer, seed=seed))) for seed in range(8)}
     assert len(orders) > 4
-    whole = order(importance("random", scorer, seed=1))
-    assert order(importance("random", scorer, (whole[0],), seed=1)) == whole[1:]
+    whole = lowest_first(importance("random", scorer, seed=1))
+    assert lowest_first(importance("random", scorer, (whole[0],), seed=1)) == whole[1:]
 
 
 def test_ends_are_kept_by_the_plus_variants() -> None:
@@ -209,7 +211,7 @@ def test_dead_layers_are_found(toy_checkpoint: Path, toy_data: dict[str, Path]) 
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     dead = set(toy.TRUTH.dead)
     for name in ("block_influence", "angular", "ifr", "perplexity", "taylor", "magnitude"):
-        assert set(order(importance(name, scorer))[:2]) == dead, name
+        assert set(lowest_first(importance(name, scorer))[:2]) == dead, name
     gates = importance("gate_taylor", scorer)
     assert {layer for layer, value in gates.items() if value == 0} == dead
     for name in ("block_influence", "ifr"):

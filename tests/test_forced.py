@@ -10,9 +10,10 @@ import toy
 
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt
+from raylp.data.tokens import Example, examples_of
 from raylp.errors import UserError
 from raylp.models.load import load_model, load_tokenizer
-from raylp.search.forced import Cost, Example, ForcedScorer, examples_of, make_batches, plain_cost, sweep_cost
+from raylp.search.forced import Cost, ForcedScorer, make_batches, plain_cost, sweep_cost
 
 BATCH = 4
 

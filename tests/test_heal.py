@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from raylp.context import Context, Splits
 from raylp.data.corpus import Pair, read_pairs
 from raylp.data.prompt import Prompt
+from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.loop import _packing, _Worker
-from raylp.heal.pack import Example, loss_sum, pack, packed_length
+from raylp.heal.pack import loss_sum, pack, packed_length
 from raylp.heal.stage import heal, heal_model
 from raylp.heal.trainable import make_trainable, merge, save_trained
 from raylp.models.checkpoint import card_for, count_parameters, read_card, save_checkpoint
@@ -49,7 +50,7 @@ def random_examples(count: int, seed: int = 0, pairs: int = 2) -> list[Example]:
         pair = number % pairs
         prompt = (1, 10 + pair, *PREFIX, *(rng.randrange(20, 200) for _ in range(rng.randrange(1, 12))))
         examples.append(
-            Example(f"en-{pair}", prompt, tuple(rng.randrange(20, 200) for _ in range(rng.randrange(1, 9))))
+            Example(prompt, tuple(rng.randrange(20, 200) for _ in range(rng.randrange(1, 9))), f"en-{pair}")
         )
     return examples
 
@@ -103,9 +104,9 @@ def test_rounded_products_do_not_pass_for_a_model_that_cannot_pack() -> None:
 
 def test_prompts_share_a_row_only_within_their_pair() -> None:
     examples = [
-        Example("en-de", (1, 2, 3, 4), (9, 8)),
-        Example("en-cs", (1, 2, 7), (6,)),
-        Example("en-de", (1, 2, 3, 5), (7,)),
+        Example((1, 2, 3, 4), (9, 8), "en-de"),
+        Example((1, 2, 7), (6,), "en-cs"),
+        Example((1, 2, 3, 5), (7,), "en-de"),
     ]
     row = pack(examples)
     assert row.tokens == [1, 2, 3, 4, 9, 5, 1, 2, 7]

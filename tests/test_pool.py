@@ -258,11 +258,11 @@ def test_what_is_placed_fits(weights: float, memory: float, nodes: list[int]) ->
 def test_models_on_cpus() -> None:
     assert on_cpus(8, 16 * GB, 2 * GB) == Layout(4)
     assert on_cpus(2, 16 * GB, 2 * GB) == Layout(2)
-    assert on_cpus(8, 4.5 * GB, 2 * GB) == Layout(2)
+    assert on_cpus(8, 6.5 * GB, 2 * GB) == Layout(2)
     assert on_cpus(2, 16 * GB, 2 * GB, 6) == Layout(6)
-    with pytest.raises(UserError, match=r"6 workers need about 9\.2 GB of memory, 8\.0 GB are free"):
+    with pytest.raises(UserError, match=r"6 workers need about 14\.0 GB of memory, 8\.0 GB are free"):
         on_cpus(2, 8 * GB, 2 * GB, 6)
-    with pytest.raises(UserError, match=r"the model needs about 17\.2 GB"):
+    with pytest.raises(UserError, match=r"the model needs about 18\.0 GB"):
         on_cpus(2, 8 * GB, 16 * GB)
 
 

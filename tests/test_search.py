@@ -8,6 +8,8 @@ from typing import Literal
 import pytest
 import toy
 from conftest import toy_recipe
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raylp.errors import UserError
 from raylp.generate.pool import plan_workers
@@ -18,8 +20,9 @@ from raylp.models.source import fingerprint
 from raylp.pipeline import open_context, run
 from raylp.progress import Reporter
 from raylp.recipe import Resources, parse_recipe
-from raylp.search.blocks import make_blocks
+from raylp.search.blocks import Block, make_blocks
 from raylp.search.stage import stack_path
+from raylp.search.worker import Translate, Weigh, pieces
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SEARCH = {"remove": toy.TRUTH.num_removable, "strategy": "exhaustive"}
@@ -131,6 +134,33 @@ def test_stack_path_without_weights() -> None:
     assert stack_path(toy.tiny_random("llama")) == "model.layers"
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(["xx-yy", "xx-zz"]), st.integers(1, 16), st.integers(1, 5)), max_size=30),
+    st.sampled_from(["transformers", "vllm"]),
+    st.integers(1, 40),
+    st.integers(1, 4),
+)
+def test_pieces_hold_every_translation_once(
+    asked: list[tuple[str, int, int]], backend: str, rows: int, workers: int
+) -> None:
+    """Within the bound, of one language pair or of one view, and not all for one worker where there are several."""
+    other = Weigh("", "", (), (), (), "float32", "tail", 0, {})
+    works = [
+        Translate("", "", Block(pair, ("",) * size, ("",) * size, (), (), ""), (layer,), {"m": {"backend": backend}})
+        for pair, size, layer in asked
+    ]
+    found = pieces([*works, other], rows, workers, lambda work: work.removed[0])
+    assert sorted(map(id, itertools.chain.from_iterable(found))) == sorted(map(id, [*works, other]))
+    assert found[0] == [other]
+    shared = [{work.block.pair if backend == "transformers" else work.removed for work in piece} for piece in found[1:]]
+    assert all(len(names) == 1 for names in shared)
+    total = sum(size for _, size, _ in asked)
+    if rows * workers < total:
+        assert all(len(piece) == 1 or sum(len(work.block) for work in piece) <= rows for piece in found[1:])
+    elif len(set(map(frozenset, shared))) == 1:
+        assert len(found) - 1 == min(workers, len(works)) or rows * workers == total
+
+
 def test_a_worker_that_dies_is_replaced(tmp_path: Path, toy_checkpoint: Path) -> None:
     import os
     import signal
@@ -224,6 +254,13 @@ def test_the_allowed_loss_stops_it(others) -> None:
     plan, _ = others(remove=None, max_loss=5.0, strategy="exhaustive")
     assert set(toy.TRUTH.dead) <= set(plan["removed"]) and len(plan["removed"]) == toy.TRUTH.num_removable
     assert "at most 5 is allowed" in plan["stopped"]
+
+
+def test_a_search_that_may_remove_nothing_says_so(others) -> None:
+    needed = {*range(toy.TRUTH.num_layers)} - {*toy.TRUTH.dead, *itertools.chain.from_iterable(toy.TRUTH.twins)}
+    protect = [layer for layer in range(toy.TRUTH.num_layers) if layer not in needed]
+    with pytest.raises(UserError, match=r"no layer can go: without \[\d\] the loss would be .* raise search.max_loss"):
+        others(remove=None, max_loss=0.5, protect=protect, block=16)
 
 
 def test_another_metric_needs_no_generation(

@@ -49,8 +49,7 @@ def choose_backend(
             generator = load(backend)
             generator.generate(requests, removed_sets[0])
             started = time.perf_counter()
-            for removed in removed_sets:
-                generator.generate(requests, removed)
+            generator.generate_together([(requests, removed, None) for removed in removed_sets])
             seconds[backend] = time.perf_counter() - started
         except UserError as error:
             problems[backend] = str(error)

@@ -56,6 +56,10 @@ class Generator(Protocol):
         """
         ...
 
+    def generate_together(self, asked: Sequence[Asked]) -> list[list[Output]]:
+        """What `generate` gives for each of `asked`, at once as far as the backend can; rounding may differ."""
+        ...
+
 
 @dataclass(frozen=True)
 class StopRule:

@@ -22,6 +22,7 @@ from raylp.recipe import Resources
 MAX_TRIES = 3
 IN_FLIGHT = 2  # one unit in work and one waiting, so that a worker is never idle between two
 BEAT_S = 2.0
+MOST_SORTED = 4096  # waiting units; sorting more of them after every result would take longer than it saves
 START_S = 600.0  # a cluster without one worker that is up for so long has no place for any
 
 
@@ -98,9 +99,11 @@ class Worker:
         outputs = generator.generate(requests, removed, drafts)
         return outputs, time.perf_counter() - started
 
-    def translate_together(self, path: str, dtype: str, asked: Sequence[Asked]) -> tuple[list[list[Output]], float]:
-        """Outputs of several views in shared batches of transformers, and the seconds that all took."""
-        generator: Any = self.hold(path, "transformers", dtype)
+    def translate_together(
+        self, path: str, backend: str, dtype: str, asked: Sequence[Asked], skippable: bool = False
+    ) -> tuple[list[list[Output]], float]:
+        """Outputs of several views, at once as far as the backend can, and the seconds that all took."""
+        generator = self.hold(path, backend, dtype, skippable)
         for requests, removed, _ in asked:
             self._note(path, removed, len(requests))
         started = time.perf_counter()
@@ -210,7 +213,7 @@ class _Job:
     """A unit on its way. `flying`: in how many queues it is; `tries`: how many workers have died over it."""
 
     unit: Any
-    cost: float
+    cost: float = 1.0
     flying: int = 0
     tries: int = 0
     helped: bool = False
@@ -263,8 +266,9 @@ class Pool:
     ) -> Iterator[tuple[Any, Any]]:
         """Yields (unit, result) as they finish. `submit(worker, unit)` makes the remote call.
 
-        `cost`: how long a unit should take, in any measure; the longest go first. A unit whose worker or node dies goes
-        to another worker, three times at most. A unit that takes much longer than it should, while a worker is idle, is
+        `cost`: how long a unit should take, in any measure; the longest go first. As results come in it is asked again
+        for what still waits: it may have learnt. A unit whose worker or node dies goes to another worker, three times
+        at most. A unit that takes much longer than it should, while a worker is idle, is
         given to that one too, and the first result counts; see `raylp.generate.schedule` for when, and how often.
 
         Raises:
@@ -272,8 +276,10 @@ class Pool:
         """
         import ray
 
-        jobs = [_Job(unit, cost(unit) if cost else 1.0) for unit in units]
-        waiting = deque(sorted(jobs, key=lambda job: -job.cost))
+        jobs = [_Job(unit) for unit in units]
+        waiting = deque(jobs)
+        if cost:
+            _sort(waiting, cost)
         pace, left, copies = Pace(), len(jobs), most_copies(len(jobs))
         try:
             while left:
@@ -299,6 +305,8 @@ class Pool:
                         pace.done(job.cost, seconds)
                         self._cancel(job)
                         yield job.unit, result[0]
+                        if cost and len(waiting) <= MOST_SORTED:
+                            _sort(waiting, cost)
         finally:
             for job in jobs:  # what nobody waits for any more
                 job.over = True
@@ -451,6 +459,15 @@ class Pool:
             _kill(member.actor)
         self._members = []
         self._flying = {}
+
+
+def _sort(waiting: deque[_Job], cost: Callable[[Any], float]) -> None:
+    """The longest first."""
+    for job in waiting:
+        job.cost = cost(job.unit)
+    ordered = sorted(waiting, key=lambda job: -job.cost)
+    waiting.clear()
+    waiting.extend(ordered)
 
 
 def _kill(actor: Any) -> None:

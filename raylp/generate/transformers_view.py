@@ -75,9 +75,10 @@ class TransformersGenerator:
 
         requests = [request for own, _, _ in asked for request in own]
         drafts = [draft for own, _, given in asked for draft in _drafts(own, given)]
-        sets = [frozenset(check_removed(removed, self.num_layers)) for _, removed, _ in asked]
+        num_layers = find_stack(self.model).num_layers
+        sets = [frozenset(check_removed(removed, num_layers)) for _, removed, _ in asked]
         gone = frozenset.intersection(*sets)
-        kept = [layer for layer in range(self.num_layers) if layer not in gone]
+        kept = [layer for layer in range(num_layers) if layer not in gone]
         # By request, what its view goes without beyond what all do, as places in the view they share.
         skips = [
             frozenset(kept.index(layer) for layer in own - gone)
@@ -97,10 +98,6 @@ class TransformersGenerator:
                     outputs[i] = to_output(self.tokenizer, row, finish, self.newline)
         every = iter(range(len(requests)))
         return [[outputs[next(every)] for _ in own] for own, _, _ in asked]
-
-    @cached_property
-    def num_layers(self) -> int:
-        return find_stack(self.model).num_layers
 
     @cached_property
     def _by_row(self) -> bool:

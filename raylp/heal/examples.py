@@ -6,7 +6,7 @@ from typing import Any
 from raylp.data.corpus import Pair
 from raylp.data.prompt import Prompt
 from raylp.data.splits import sentence_hash
-from raylp.heal.pack import Example
+from raylp.data.tokens import Example, examples_of
 
 
 def choose(
@@ -33,12 +33,5 @@ def choose(
 
 def tokenise(pairs: Sequence[Pair], prompt: Prompt, tokenizer: Any, max_tokens: int) -> list[Example]:
     """Prompts and targets as token ids; examples of more than `max_tokens` tokens are left out, never cut."""
-    examples = [
-        Example(
-            pair.pair,
-            tuple(prompt.prompt_tokens(tokenizer, pair.source, pair.pair)),
-            tuple(prompt.target_tokens(tokenizer, pair.target)),
-        )
-        for pair in pairs
-    ]
+    examples = examples_of(pairs, prompt, tokenizer)
     return [example for example in examples if example.length <= max_tokens]

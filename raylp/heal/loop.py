@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
-from raylp.heal.pack import Example, loss_sum
+from raylp.heal.pack import loss_sum
 from raylp.heal.trainable import make_trainable, save_trained
 from raylp.models.load import load_model, load_tokenizer
 from raylp.models.stack import text_config

@@ -9,24 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylp.data.tokens import Example
 from raylp.generate.base import common_prefix
 
 # Rotary tables are computed for it; longer positions than this are no use to a mask either.
 NO_WINDOW = 1 << 30
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids: `prompt` is given, `target` is learned. `pair` names the language pair, whose prompts begin alike."""
-
-    pair: str
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens the model reads; the last one of the target is only predicted."""
-        return len(self.prompt) + len(self.target) - 1
 
 
 @dataclass(frozen=True)

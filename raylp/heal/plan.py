@@ -8,7 +8,8 @@ import math
 import random
 from collections.abc import Sequence
 
-from raylp.heal.pack import Example, packed_length
+from raylp.data.tokens import Example
+from raylp.heal.pack import packed_length
 
 
 def steps(num_examples: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:

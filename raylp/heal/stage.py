@@ -14,13 +14,13 @@ from typing import Any
 from raylp import cluster
 from raylp.context import Context
 from raylp.data.corpus import write_jsonl
+from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.loop import MEMORY_ADVICE, STATE, is_out_of_memory
 from raylp.heal.loop import train as train_loop
-from raylp.heal.pack import Example
 from raylp.models.checkpoint import card_for, read_card
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint

@@ -103,6 +103,7 @@ class ByRow:
     def __init__(self) -> None:
         self.rows: dict[int, list[int]] = {}
         self.idle: set[int] = set()
+        self._indices: dict[tuple[int, Any], Any] = {}  # `rows` as tensors, by place and device
 
     def assign(self, skips: Sequence[Collection[int]]) -> None:
         """From now on row r of every batch goes without the layers at the places `skips[r]`."""
@@ -110,11 +111,13 @@ class ByRow:
         self.rows = {place: [r for r, own in enumerate(skips) if place not in own] for place in places}
         self.idle = {place for place, rows in self.rows.items() if not rows}
         self.rows |= {place: [0] for place in self.idle}
+        self._indices = {}
 
     def keep(self, going: Sequence[int]) -> dict[int, list[int]]:
         """Only the rows `going` are left, in this order: for each layer, what to keep of what its cache holds."""
         new = {row: place for place, row in enumerate(going)}
         chosen: dict[int, list[int]] = {}
+        self._indices = {}
         for place, rows in self.rows.items():
             chosen[place] = [i for i, row in enumerate(rows) if row in new and place not in self.idle]
             self.rows[place] = [new[rows[i]] for i in chosen[place]]
@@ -130,7 +133,9 @@ class ByRow:
         if place not in self.rows:
             return layer(*args, **kwargs)
         states = args[0] if args else kwargs["hidden_states"]
-        index = torch.tensor(self.rows[place], device=states.device)
+        index = self._indices.get((place, states.device))
+        if index is None:
+            index = self._indices[place, states.device] = torch.tensor(self.rows[place], device=states.device)
         pick = partial(_pick, index=index, rows=len(states))
         result = layer(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
         own, *more = result if isinstance(result, tuple) else (result,)

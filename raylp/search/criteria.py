@@ -40,11 +40,6 @@ def importance(
     return {layer: float("inf") if layer in ends else values[layer] for layer in alive}
 
 
-def order(values: Importance) -> list[int]:
-    """The layers in the order in which they go; of equals the lowest first."""
-    return sorted(values, key=lambda layer: (values[layer], layer))
-
-
 # --- from the hidden states ---
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from raylp.data.tokens import Example
 from raylp.generate.base import LOOP_PERIOD, LOOP_REPEATS, LOOP_SPAN
-from raylp.heal.pack import Example
 from raylp.ledger import Ledger, score_facts, score_key, unit_key, write_segment
 from raylp.metrics.ngram import Statistics
 from raylp.metrics.objective import FORCED, Objective
@@ -56,6 +56,7 @@ class LedgerEvaluator:
         self.sizes = [len(block) for block in self.blocks]
         self.decoding = f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key
+        self._said: dict[Any, float] = {}  # tokens said, as a share of their bound: by set, and by last layer
         self._noise: float | None = None
 
     # --- facts and lines ---
@@ -214,6 +215,20 @@ class LedgerEvaluator:
 
     # --- work ---
 
+    def expected(self, work: Work) -> float:
+        """Tokens a piece of work should take, going by its set of layers so far, or by the last set with its layer."""
+        if not isinstance(work, Translate) or not work.removed:
+            return work.cost
+        return work.cost * self._said.get(frozenset(work.removed), self._said.get(work.removed[-1], 1.0))
+
+    def _heard(self, work: Translate, tokens: int) -> None:
+        """Broken candidates ramble, to the bound and from the first sentence on: their other blocks take as long."""
+        share = tokens / max(1.0, work.cost)
+        name = frozenset(work.removed)
+        self._said[name] = (self._said.get(name, share) + share) / 2
+        if work.removed:
+            self._said[work.removed[-1]] = self._said[name]
+
     def _texts(self, removed: Removed, block: Block) -> list[str] | None:
         """Translations that are known, whatever metric they were made for."""
         line = self.ledger.translated(unit_key(self.facts(removed, block, TRANSLATION)))
@@ -242,6 +257,7 @@ class LedgerEvaluator:
             )
         for work, lines in self.compute(works) if works else []:
             assert isinstance(work, Translate)
+            self._heard(work, lines[0]["tokens"])
             yield from lines
             self.on_unit(work)
             later = [name for name in names if not self.objective.is_cheap(name)]

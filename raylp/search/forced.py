@@ -17,8 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from raylp.data.corpus import Pair
-from raylp.data.prompt import Prompt
+from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.generate.base import common_prefix
 from raylp.models.stack import find_stack, text_config
@@ -31,30 +30,6 @@ BATCH_SIZE = 16
 KEEP_BYTES = 1 << 30
 LOGITS_BYTES = 1 << 28
 LEAST_PREFIX = 8
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids: `prompt` is given, `target` is scored. Neither is empty."""
-
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens the model reads; the last one of the target is only predicted."""
-        return len(self.prompt) + len(self.target) - 1
-
-
-def examples_of(pairs: Sequence[Pair], prompt: Prompt, tokenizer: Any) -> list[Example]:
-    """Every pair asked as the run's prompt asks, with its reference as the target."""
-    return [
-        Example(
-            tuple(prompt.prompt_tokens(tokenizer, pair.source, pair.pair)),
-            tuple(prompt.target_tokens(tokenizer, pair.target)),
-        )
-        for pair in pairs
-    ]
 
 
 @dataclass(frozen=True)

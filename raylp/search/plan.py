@@ -1,6 +1,6 @@
 """What a search decides, round by round, and the record that defends it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,11 @@ def protected_layers(protect: Sequence[int], num_layers: int) -> frozenset[int]:
     if outside:
         raise UserError(f"search.protect: {outside} are not there; the model has layers 0 to {num_layers - 1}")
     return frozenset(i % num_layers for i in protect)
+
+
+def lowest_first(values: Mapping[int, float]) -> list[int]:
+    """Layers by a criterion of their importance, in the order in which they go; of equals the lowest first."""
+    return sorted(values, key=lambda layer: (values[layer], layer))
 
 
 def num_evaluations(num_layers: int, num_protected: int, count: int) -> int:

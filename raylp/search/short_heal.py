@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import Field
 
 from raylp.config import Section
+from raylp.data.tokens import Example
 from raylp.heal.config import Heal
-from raylp.heal.pack import Example, loss_sum
+from raylp.heal.pack import loss_sum
 from raylp.heal.plan import learning_rate
 from raylp.heal.trainable import make_trainable
 from raylp.models.stack import text_config

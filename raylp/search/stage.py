@@ -7,11 +7,11 @@ from typing import Any
 
 from raylp import cluster
 from raylp.context import Context
+from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.generate.layout import Layout
 from raylp.generate.pool import Pool, batch_size_of, plan_workers
 from raylp.heal.examples import choose, tokenise
-from raylp.heal.pack import Example
 from raylp.ledger import Ledger
 from raylp.metrics.intervals import Score
 from raylp.metrics.objective import Objective, objective_name
@@ -115,6 +115,8 @@ def search(context: Context) -> dict[str, Any]:
         "dtype": evaluator.dtype,
     }
     write_plan(context, target.num_layers, gone, rounds, baseline, extra)
+    if not gone:
+        raise UserError(f"no layer can go: {work.stopped}; raise search.max_loss", 1)
     return {
         "removed": list(gone),
         "strategy": section.strategy,
@@ -147,12 +149,12 @@ def make_evaluator(
     rows = batch_size_of(context.recipe.resources, layout)
 
     def compute(works: list[Work]) -> Iterable[tuple[Work, list[dict[str, Any]]]]:
-        together = pieces(works, rows, layout.workers)
+        together = pieces(works, rows, layout.workers, evaluator.expected)
         submit = lambda worker, piece: worker.do_together.remote(piece)  # noqa: E731
-        for piece, lines in pool.run(together, submit, task, lambda piece: sum(work.cost for work in piece)):
+        for piece, lines in pool.run(together, submit, task, lambda piece: sum(map(evaluator.expected, piece))):
             yield from zip(piece, lines, strict=True)
 
-    return LedgerEvaluator(
+    evaluator = LedgerEvaluator(
         path,
         fingerprint(path),
         blocks,
@@ -169,6 +171,7 @@ def make_evaluator(
         section.short_heal or ShortHeal(),
         progress.unit,
     )
+    return evaluator
 
 
 def heals_on(context: Context, tokenizer: Any) -> list[Example]:
@@ -230,15 +233,22 @@ class Progress:
     def unit(self, work: Work) -> None:
         """A piece of work is done."""
         self.units += 1
+        if self.task.total is not None and self.task.done >= self.task.total:
+            self.task.expect(self.task.done + 1)  # what is to come was only estimated
         pace = self.units / max(1e-3, time.monotonic() - self.started)
         self.task.advance(1, f"{self.note}, {pace:.1f} units/s")
 
     def look(self, told: dict[str, Any]) -> None:
         """Candidates were compared."""
-        self.note = (
-            f"round {self.rounds + 1}: {told['alive']} alive after {told['sentences']} sentences, layer "
-            f"{told['leader']} leads with {told['score']:.1f}"
-        )
+        if "noise" in told:
+            self.note = f"round {self.rounds + 1}: best {told['best']:.1f}, noise {told['noise']:.1f}"
+            if (floor := self.section.decided_floor) != "keep":
+                self.note += f": {'a short heal' if floor == 'heal' else 'the likelihood'} decides"
+        else:
+            self.note = (
+                f"round {self.rounds + 1}: {told['alive']} alive after {told['sentences']} sentences, layer "
+                f"{told['leader']} leads with {told['score']:.1f}"
+            )
         self.task.beat(self.note)
 
     def round(self, rounds: Sequence[Round]) -> None:

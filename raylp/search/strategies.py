@@ -13,7 +13,7 @@ import numpy as np
 from raylp.metrics.intervals import Score, score_with_interval
 from raylp.metrics.ngram import Statistics
 from raylp.metrics.objective import Objective
-from raylp.search.plan import Candidate, Removed, Round
+from raylp.search.plan import Candidate, Removed, Round, lowest_first
 from raylp.search.race import race
 from raylp.search.targets import Target
 
@@ -84,7 +84,9 @@ class Choice:
 
 
 class Search:
-    """One search; `on_round` hears all rounds so far, `on_look` how a round goes."""
+    """One search. `on_round` hears all rounds so far; `on_look` how a round goes: `sentences`, `alive`, `leader` and
+    `score` of a race's look, or `noise` and the `best` score where none is above noise.
+    """
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class Search:
         if noise is None or best is None:
             return choice
         facts = {**choice.facts, "floor": {"noise": noise, "best": best, "decided_by": "the objective all the same"}}
+        self.on_look({"noise": noise, "best": best})
         if self.options.floor == "likelihood":
             instead = self._by_likelihood(candidates, keep)
             losses = {c.removed: c.importance for c in instead.records}
@@ -306,7 +309,7 @@ class Search:
         before = self.evaluator.spent()
         free = self.target.free
         values = self.evaluator.importance(self.options.criterion, (), free)
-        order = sorted(free, key=lambda layer: (values[layer], layer))
+        order = lowest_first({layer: values[layer] for layer in free})
         gone: Removed = ()
         for layer in order:
             if self.target.reached(gone) or len(gone) >= self.target.most:

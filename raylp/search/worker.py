@@ -1,15 +1,16 @@
 """What a worker computes for a search. It files its lines itself: what is done outlives the driver."""
 
+import heapq
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raylp.data.languages import split_pair
+from raylp.data.tokens import Example
 from raylp.generate.base import Output
 from raylp.generate.pool import Worker
-from raylp.heal.pack import Example
 from raylp.ledger import score_key, write_segment
 from raylp.metrics.objective import load_metric
 from raylp.rundir import RunDir
@@ -42,6 +43,11 @@ class Translate:
     def backend(self) -> str:
         """What it is to be translated by."""
         return next(iter(self.facts.values()))["backend"]
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations."""
+        return next(iter(self.facts.values()))["dtype"]
 
     @property
     def cost(self) -> float:
@@ -117,26 +123,50 @@ class Weigh:
 Work = Translate | HealAndTranslate | Force | Weigh
 
 
-def pieces(works: Sequence[Work], rows: int, workers: int) -> list[Sequence[Work]]:
+def pieces(
+    works: Sequence[Work], rows: int, workers: int, cost: Callable[[Translate], float] = lambda work: work.cost
+) -> list[Sequence[Work]]:
     """Which translations are made together: at most `rows` sentences, and enough pieces for all workers.
 
     Views of a transformers model share batches within a language pair, whose prompts begin alike; vLLM translates with
-    one view at a time. Other work is a piece by itself.
+    one view at a time. Other work is a piece by itself. By what they should `cost`, translations are dealt out evenly
+    where every worker gets one piece; where it gets several, those of like cost go together, as a batch lasts for its
+    longest row.
     """
-    together = sorted((work for work in works if isinstance(work, Translate)), key=_shared)
-    most = min(rows, -(-sum(len(work.block) for work in together) // workers))
+    found: list[Sequence[Work]] = [[work] for work in works if not isinstance(work, Translate)]
+    translations = [work for work in works if isinstance(work, Translate)]
+    total = sum(len(work.block) for work in translations)
+    most = min(rows, -(-total // workers))
+    groups: dict[Any, list[Translate]] = {}
+    for work in sorted(translations, key=cost, reverse=True):  # what is equally long stays in the order given
+        groups.setdefault(work.block.pair if work.backend == "transformers" else work.removed, []).append(work)
+    for group in groups.values():
+        found += _dealt(group, workers, cost) if most < rows and len(groups) == 1 else _filled(group, most)
+    return found
+
+
+def _filled(group: Sequence[Translate], most: int) -> list[list[Translate]]:
+    """In the order given, as many in each piece as have at most `most` sentences."""
     found: list[list[Translate]] = []
-    for work in together:
-        fits = found and sum(len(other.block) for other in found[-1]) + len(work.block) <= most
-        if not fits or _shared(found[-1][-1]) != _shared(work):
+    room = 0
+    for work in group:
+        if len(work.block) > room:
             found.append([])
+            room = most
         found[-1].append(work)
-    return [*found, *([work] for work in works if not isinstance(work, Translate))]
+        room -= len(work.block)
+    return found
 
 
-def _shared(work: Translate) -> tuple[str, tuple[int, ...]]:
-    """What translations that are made together have in common."""
-    return (work.block.pair, ()) if work.backend == "transformers" else ("", work.removed)
+def _dealt(group: Sequence[Translate], count: int, cost: Callable[[Translate], float]) -> list[list[Translate]]:
+    """`count` pieces, or as many as there are works; each next work goes to the piece that has the least to do."""
+    found: list[list[Translate]] = [[] for _ in range(min(count, len(group)))]
+    loads = [(0.0, number) for number in range(len(found))]
+    for work in group:
+        load, number = heapq.heappop(loads)
+        found[number].append(work)
+        heapq.heappush(loads, (load + cost(work), number))
+    return found
 
 
 def scored(
@@ -163,6 +193,12 @@ def scored(
     return lines
 
 
+def shares(seconds: float, made: Sequence[Sequence[Output]]) -> list[float]:
+    """The time of what was translated together, shared out by tokens."""
+    tokens = [sum(len(output.tokens) for output in outputs) for outputs in made]
+    return [seconds * own / max(1, sum(tokens)) for own in tokens]
+
+
 class SearchWorker(Worker):
     """A worker that also scores."""
 
@@ -176,64 +212,43 @@ class SearchWorker(Worker):
 
     def do(self, work: Work) -> list[dict[str, Any]]:
         """The ledger lines of a piece of work."""
-        return self._file(work, self._lines(work))
+        return self.do_together([work])[0]
 
     def do_together(self, works: Sequence[Any]) -> list[list[dict[str, Any]]]:
-        """The ledger lines of each of the works of a piece. Translations share batches, seconds go by their tokens."""
-        if len(works) == 1:
-            return [self.do(works[0])]
-        made, seconds = self._made_together(works)
-        tokens = [sum(len(output.tokens) for output in outputs) for outputs in made]
-        shares = [seconds * own / max(1, sum(tokens)) for own in tokens]
-        return [
-            self._file(work, scored(work.block, outputs, work.facts, share))
-            for work, outputs, share in zip(works, made, shares, strict=True)
-        ]
+        """The ledger lines of each of `works`, which are one of `pieces`."""
+        made = self._translated(works) if isinstance(works[0], Translate) else [self._lines(work) for work in works]
+        for work, lines in zip(works, made, strict=True):
+            for line in lines:
+                line["worker"] = f"{socket.gethostname()}:{self.pid()}"
+            write_segment(RunDir(work.run_url), lines)
+        return made
 
-    def _made_together(self, works: Sequence[Translate]) -> tuple[list[list[Output]], float]:
-        path, dtype = works[0].path, next(iter(works[0].facts.values()))["dtype"]
-        if works[0].backend == "transformers":
-            asked = [(work.block.requests, work.removed, work.drafts) for work in works]
-            return self.translate_together(path, dtype, asked)
-        requests = [request for work in works for request in work.block.requests]
-        outputs, seconds = self.translate(path, "vllm", dtype, requests, works[0].removed, True)
-        every = iter(outputs)
-        return [[next(every) for _ in work.block.requests] for work in works], seconds
-
-    def _file(self, work: Work, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for line in lines:
-            line["worker"] = f"{socket.gethostname()}:{self.pid()}"
-        write_segment(RunDir(work.run_url), lines)
-        return lines
-
-    def _lines(self, work: Work) -> list[dict[str, Any]]:
-        if isinstance(work, Translate):
-            return self._translated(work)
+    def _lines(self, work: HealAndTranslate | Force | Weigh) -> list[dict[str, Any]]:
         if isinstance(work, HealAndTranslate):
             return self._healed(work)
         return self._forced(work) if isinstance(work, Force) else self._weighed(work)
 
-    def _translated(self, work: Translate) -> list[dict[str, Any]]:
-        backend, dtype = work.backend, next(iter(work.facts.values()))["dtype"]
-        outputs, seconds = self.translate(
-            work.path, backend, dtype, work.block.requests, work.removed, backend == "vllm", work.drafts
-        )
-        return scored(work.block, outputs, work.facts, seconds)
+    def _translated(self, works: Sequence[Translate]) -> list[list[dict[str, Any]]]:
+        first, skippable = works[0], works[0].backend == "vllm"
+        asked = [(work.block.requests, work.removed, work.drafts) for work in works]
+        made, seconds = self.translate_together(first.path, first.backend, first.dtype, asked, skippable)
+        return [
+            scored(work.block, outputs, work.facts, share)
+            for work, outputs, share in zip(works, made, shares(seconds, made), strict=True)
+        ]
 
     def _healed(self, work: HealAndTranslate) -> list[dict[str, Any]]:
         from raylp.search.short_heal import healed
 
         generator: Any = self.hold(work.path, "transformers", work.dtype)
         started = time.perf_counter()
-        lines = []
         with healed(generator.model, work.removed, work.batches, work.options):
-            training = time.perf_counter() - started
-            for number, block in enumerate(work.blocks):
-                started = time.perf_counter()
-                outputs = generator.generate(block.requests)
-                facts = {name: own for (other, name), own in work.facts.items() if other == number}
-                lines += scored(block, outputs, facts, time.perf_counter() - started)
-        lines[0]["seconds"] = round(lines[0]["seconds"] + training, 4)
+            made = generator.generate_together([(block.requests, (), None) for block in work.blocks])
+        lines = []
+        parts = shares(time.perf_counter() - started, made)
+        for number, (block, outputs, share) in enumerate(zip(work.blocks, made, parts, strict=True)):
+            facts = {name: own for (other, name), own in work.facts.items() if other == number}
+            lines += scored(block, outputs, facts, share)
         return lines
 
     def _forced(self, work: Force) -> list[dict[str, Any]]:
@@ -265,14 +280,13 @@ class SearchWorker(Worker):
 
     def _scorer(self, path: str, dtype: str, blocks: tuple[Block, ...]) -> "ForcedScorer":
         """For these blocks, the one of last time if it is still there: it keeps states for the next round."""
-        from raylp.search.forced import Example as Forced
         from raylp.search.forced import ForcedScorer
 
         model = self.hold(path, "transformers", dtype).model  # type: ignore[attr-defined]
         key = (path, dtype, *(block.hash for block in blocks))
         if key not in self.scorers:
             examples = [
-                Forced(request.tokens, target)
+                Example(request.tokens, target, block.pair)
                 for block in blocks
                 for request, target in zip(block.requests, block.targets, strict=True)
             ]
