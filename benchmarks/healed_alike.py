@@ -80,7 +80,8 @@ def translations(
     out: Path,
 ) -> list[str]:
     """What the model says without the layers, after the heal; from its file, if it is there."""
-    asked = [fingerprint(path), sorted(removed), options.model_dump(), [pair.as_dict() for pair in (*train, *test)]]
+    texts_of = [pair.as_dict() for pair in (*train, *test)]
+    asked = [fingerprint(path), sorted(removed), options.model_dump(), prompt.model_dump(mode="json"), texts_of]
     file = out / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}.json"
     if not file.exists():
         started = time.perf_counter()

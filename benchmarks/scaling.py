@@ -103,14 +103,20 @@ def play(
         ledger = Ledger(RunDir(folder))
         numbers = {f"{number}x{turn}": number for turn in range(args.times) for number in range(len(hashes))}
         sizes = [len(recorded[frozenset(), number]["texts"]) for number in numbers.values()]
+        longest = {n: max(line["tokens"] for (_, m), line in recorded.items() if m == n) for n in numbers.values()}
         blocks = [
-            Block("xx-yy", ("",) * size, ("",) * size, (Request((0,), 1),) * size, (), name)
-            for name, size in zip(numbers, sizes, strict=True)
+            Block("xx-yy", ("",) * size, ("",) * size, (Request((0,), -(-longest[number] // size)),) * size, (), name)
+            for (name, number), size in zip(numbers.items(), sizes, strict=True)
         ]
         work = 0.0
 
         def line_of(unit: Any) -> dict[str, Any]:
-            return recorded[frozenset(unit.removed), numbers[unit.block.hash]]
+            try:
+                return recorded[frozenset(unit.removed), numbers[unit.block.hash]]
+            except KeyError:
+                raise SystemExit(
+                    f"{strategy} took another way than {args.run}: {unit.removed} is not recorded"
+                ) from None
 
         def submit(worker: Any, piece: Sequence[Any]) -> Any:
             return worker.wait.remote(sum(line_of(unit)["seconds"] for unit in piece) / args.speed)

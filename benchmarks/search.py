@@ -58,7 +58,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--time-candidates", type=int, default=3, help="of every round of the plain loop; 0: all")
     parser.add_argument("--trace", type=Path, help="where to write what was generated; needs the exhaustive search")
     parser.add_argument("--out", default="runs/bench-search", help="where ledgers and times are kept")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.trace and "exhaustive" not in args.strategies.split(","):
+        parser.error("--trace needs the exhaustive search among the --strategies")
+    return args
 
 
 def main() -> None:

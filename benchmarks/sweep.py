@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ def main(
     batch_size: int = 16,
     dtype: str = "float32",
     device: str = "cpu",
-    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the least counts")] = 3,
+    repeats: Annotated[int, typer.Option(help="Measurements of each kind; the median counts")] = 3,
     plain_candidates: Annotated[int, typer.Option(help="How many to score plainly; 0 for all")] = 0,
     cpu_seconds: Annotated[bool, typer.Option(help="Of this process, for a busy machine; with one thread")] = False,
 ) -> None:
@@ -60,65 +61,69 @@ def main(
             shown = {pair: [(example.source, example.target) for example in pairs[len(pairs) - shots :]]}
             prompt = Prompt(examples=shown)
             examples = examples_of(pairs[:sentences], prompt, load_tokenizer(locate(model)))
-        scorer = ForcedScorer(resident, examples, batch_size)
+        ForcedScorer(resident, examples, batch_size)
     except UserError as error:
         raise typer.BadParameter(str(error)) from error
     if cpu_seconds:
         import torch
 
         torch.set_num_threads(1)  # threads that wait for each other would count as working
-    report(scorer, Clock(device, cpu_seconds), repeats, plain_candidates)
+    report(lambda: ForcedScorer(resident, examples, batch_size), Clock(device, cpu_seconds), repeats, plain_candidates)
 
 
-def report(scorer: ForcedScorer, clock: "Clock", repeats: int, plain_candidates: int) -> None:
-    """Measures and prints."""
+def report(make: Callable[[], ForcedScorer], clock: "Clock", repeats: int, plain_candidates: int) -> None:
+    """Measures and prints. Everything takes turns, `repeats` times, so that a machine's moods fall on all alike."""
+    scorer = make()
     n = scorer.num_layers
     layers = list(range(1, n - 1))
+    tried = layers[:: max(1, len(layers) // plain_candidates)] if plain_candidates else layers
     print(
         f"{n} layers, {scorer.num_examples} sentences, {scorer.num_tokens} tokens with padding, "
-        f"{scorer.num_targets} of targets, {scorer.model.dtype}"
+        f"{scorer.num_targets} of targets, {scorer.model.dtype}, medians of {repeats}"
     )
-    scorer.score()  # the first pass on a device is slower
-    whole = min(clock.seconds(scorer.score) for _ in range(repeats))
-    single = min(clock.seconds(lambda: scorer.score(range(1, n))) for _ in range(repeats))
-    unit = (whole - single) / (n - 1)
-    projection = single - unit
-    print(f"a unit {unit * 1000:.1f} ms, a projection {projection * 1000:.1f} ms = {projection / unit:.1f} units\n")
-
-    def expected(cost: Cost) -> float:
-        return cost.layers * unit + cost.projections * projection
-
-    print(f"{'':24}{'units':>8}{'projections':>13}{'seconds':>10}{'by count':>10}{'off':>8}")
-
-    def row(name: str, cost: Cost, measured: float) -> float:
-        off = measured / expected(cost) - 1
-        print(
-            f"{name:24}{cost.layers:8}{cost.projections:13}{measured:10.2f}{expected(cost):10.2f}{off:8.1%}", flush=True
-        )
-        return expected(cost)
-
-    tried = layers[:: max(1, len(layers) // plain_candidates)] if plain_candidates else layers
-    seconds = clock.seconds(lambda: [scorer.score((layer,)) for layer in tried]) * len(layers) / len(tried)
-    plain = plain_cost(n, len(layers))
-    name = "plain" if len(tried) == len(layers) else f"plain (from {len(tried)})"
-    plain_expected = row(name, plain, seconds)
-
-    spent = scorer.spent
-    swept: dict[int, Any] = {}
-    sweep_seconds = clock.seconds(lambda: swept.update(scorer.sweep((), layers)))
-    sweep = sweep_cost(n, layers)
-    assert scorer.spent == spent + sweep
-    sweep_expected = row("sweep", sweep, sweep_seconds)
-    best = max(layers, key=lambda layer: swept[layer][:, 0].sum())
+    best = max((rows[:, 0].sum(), layer) for layer, rows in scorer.sweep((), layers).items())[1]  # warms up, too
     rest = [layer for layer in layers if layer != best]
-    before = scorer.spent
-    again = clock.seconds(lambda: scorer.sweep((best,), rest))
-    row("next round's sweep", Cost(scorer.spent.layers - before.layers, len(rest)), again)
-    fresh = sweep_cost(n - 1, range(1, n - 2))
+    times: dict[str, list[float]] = {"whole": [], "single": [], "plain": [], "sweep": [], "again": []}
+    costs: dict[str, Cost] = {}
+    for _ in range(repeats):
+        scorer = make()
+
+        def swept(removed: tuple[int, ...], candidates: list[int], scorer: ForcedScorer = scorer) -> Any:
+            return lambda: scorer.sweep(removed, candidates)
+
+        works = {
+            "whole": scorer.score,
+            "single": lambda scorer=scorer: scorer.score(range(1, n)),
+            "plain": lambda scorer=scorer: [scorer.score((layer,)) for layer in tried],
+            "sweep": swept((), layers),
+            "again": swept((best,), rest),
+        }
+        for name, work in works.items():
+            before = scorer.spent
+            times[name].append(clock.seconds(work))
+            costs[name] = Cost(scorer.spent.layers - before.layers, scorer.spent.projections - before.projections)
+    seconds = {name: median(values) for name, values in times.items()}
+    seconds["plain"] *= len(layers) / len(tried)
+    costs["plain"] = plain_cost(n, len(layers))
+    assert costs["sweep"] == sweep_cost(n, layers)
+    unit = (seconds["whole"] - seconds["single"]) / (n - 1)
+    projection = seconds["single"] - unit
+    print(f"a unit {unit * 1000:.1f} ms, a projection {projection * 1000:.1f} ms = {projection / unit:.1f} units\n")
+    print(f"{'':24}{'units':>8}{'projections':>13}{'seconds':>10}{'by count':>10}{'off':>8}")
+    expected = {name: cost.layers * unit + cost.projections * projection for name, cost in costs.items()}
+    plain = "plain" if len(tried) == len(layers) else f"plain (from {len(tried)})"
+    for name, label in {"plain": plain, "sweep": "sweep", "again": "next round's sweep"}.items():
+        off = seconds[name] / expected[name] - 1
+        print(
+            f"{label:24}{costs[name].layers:8}{costs[name].projections:13}{seconds[name]:10.2f}"
+            f"{expected[name]:10.2f}{off:8.1%}"
+        )
     print(
-        f"\nplain / sweep: {seconds / sweep_seconds:.2f} measured, {plain_expected / sweep_expected:.2f} by the count"
+        f"\nplain / sweep: {seconds['plain'] / seconds['sweep']:.2f} measured, "
+        f"{expected['plain'] / expected['sweep']:.2f} by the count"
     )
-    print(f"next round: {scorer.spent.layers - before.layers} units with the states kept, {fresh.layers} without")
+    fresh = sweep_cost(n - 1, range(1, n - 2))
+    print(f"next round: {costs['again'].layers} units with the states kept, {fresh.layers} without")
 
 
 def random_examples(count: int, prompt_length: int, target_length: int) -> list[Example]:

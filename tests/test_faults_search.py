@@ -19,7 +19,8 @@ from conftest import toy_recipe
 from raylp.generate.pool import IN_FLIGHT
 
 pytestmark = pytest.mark.faults
-WORKERS = 2
+WORKERS, BLOCK, TOGETHER = 2, 4, 2  # TOGETHER: units of a piece
+LOST = IN_FLIGHT * TOGETHER  # units that are with a worker at most
 
 
 def command(recipe: Path) -> list[str]:
@@ -31,8 +32,9 @@ def generations(run_dir: Path) -> int:
 
 
 def write_recipe(path: Path, model: Path, data: dict[str, Path], run_dir: Path, strategy: str = "exhaustive") -> Path:
-    search = {"remove": 3, "block": 4, "strategy": strategy}
-    path.write_text(yaml.safe_dump(toy_recipe(model, data, run_dir, search=search, resources={"workers": WORKERS})))
+    search = {"remove": 3, "block": BLOCK, "strategy": strategy}
+    resources = {"workers": WORKERS, "batch_size": BLOCK * TOGETHER}
+    path.write_text(yaml.safe_dump(toy_recipe(model, data, run_dir, search=search, resources=resources)))
     return path
 
 
@@ -41,7 +43,7 @@ def workers_of(driver: int) -> list[int]:
     found = []
     for child in psutil.Process(driver).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if child.cmdline()[:1] == ["ray::SearchWorker.do"]:
+            if child.cmdline()[:1] == ["ray::SearchWorker.do_together"]:
                 found.append(child.pid)
     return found
 
@@ -74,12 +76,12 @@ def test_search_survives_kills(
         victims = workers_of(process.pid)
         if victims and random_.random() < 0.5:
             os.kill(random_.choice(victims), signal.SIGKILL)
-            in_flight += IN_FLIGHT
+            in_flight += LOST
         else:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             process = None
-            in_flight += WORKERS * IN_FLIGHT
+            in_flight += WORKERS * LOST
         done += 1
     if process is not None:
         assert process.wait() == 0
@@ -89,7 +91,7 @@ def test_search_survives_kills(
     assert plans[0] == plans[1]
     assert undisturbed <= generations(tmp_path / "rough") <= undisturbed + in_flight
     if strategy == "exhaustive":
-        assert undisturbed == (1 + 6 + 5 + 4) * toy.SPLIT_SIZES["search"] // 4
+        assert undisturbed == (1 + 6 + 5 + 4) * toy.SPLIT_SIZES["search"] // BLOCK
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> None:

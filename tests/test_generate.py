@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from raylp.generate.base import REJOIN, Output, Request, continuation
 from raylp.generate.batches import batches
 from raylp.generate.transformers_view import TransformersGenerator
 from raylp.models.load import load_model, load_tokenizer
+from raylp.models.view import ByRow
 
 PROMPTS = [
     "gofa tize beru mopi =",
@@ -83,13 +85,14 @@ def test_same_tokens_with_any_draft(family: str) -> None:
 VIEWS = [[1], [2], [1, 3], [0], [5], [2]]  # some go without a layer that all others have, one twice
 
 
-@pytest.mark.parametrize("step_tokens", [1, 64])
+@pytest.mark.parametrize(("step_tokens", "batch_size"), [(1, 64), (64, 64), (1, 3)])
 @pytest.mark.parametrize("family", toy.FAMILIES)
-def test_views_that_share_a_batch_say_what_each_says_alone(family: str, step_tokens: int) -> None:
+def test_views_that_share_a_batch_say_what_each_says_alone(family: str, step_tokens: int, batch_size: int) -> None:
     """Rows end at different times, until a layer has no row left that runs it; prompts share their beginning."""
     generator = generator_for(toy.tiny_random(family), step_tokens)
-    generator.batch_size = 64
+    generator.batch_size = batch_size
     asked = requests_for(generator)
+    before = generator.generate(asked)
     parts = [asked, asked[:2], asked[1:], asked[3:], asked, asked[:1]]
     alone = [generator.generate(own, view) for own, view in zip(parts, VIEWS, strict=True)]
     drafts = [[output.tokens[: i + 3] for i, output in enumerate(outputs)] for outputs in alone]
@@ -97,7 +100,42 @@ def test_views_that_share_a_batch_say_what_each_says_alone(family: str, step_tok
     together = generator.generate_together(list(zip(parts, VIEWS, given, strict=True)))
     assert generator._by_row
     assert together == alone
-    assert generator.generate(asked) == generator.generate_together([(asked, (), None)])[0], "the model is as it was"
+    assert generator.generate(asked) == before, "the model is as it was"
+
+
+def test_views_go_one_by_one_where_rows_cannot_be_told_apart_or_memory_is_short(toy_checkpoint: Path) -> None:
+    """Bloom's layers are given positions of all heads of all rows in one dimension."""
+    from transformers import AutoModelForCausalLM, BloomConfig
+
+    tokenizer = toy.toy_tokenizer()
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=4, n_head=2)
+    bloom = TransformersGenerator(AutoModelForCausalLM.from_config(config).eval(), tokenizer, step_tokens=1)
+    short = generator_for(toy_checkpoint, step_tokens=1)
+    short.max_slots = 4
+    for generator, able in ((bloom, False), (short, True)):
+        asked = requests_for(generator)
+        views = [(asked, (layer,), None) for layer in (1, 2)]
+        assert generator._by_row is able
+        assert generator.generate_together(views) == [generator.generate(asked, removed) for _, removed, _ in views]
+
+
+def test_rows_are_picked_on_every_device() -> None:
+    """A model over several GPUs gives its layers arguments that lie elsewhere than their states."""
+    by_row = ByRow()
+    by_row.assign([{0}, set(), set()])
+    states, mask = torch.arange(6.0).reshape(3, 2), torch.empty((3, 1), device="meta")
+    seen = []
+
+    def layer(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen.append((states.tolist(), tuple(mask.shape), mask.device.type))
+        return -states
+
+    assert by_row.run(0, layer, states, mask=mask).tolist() == [[0, 1], [-2, -3], [-4, -5]]
+    assert by_row.run(1, layer, states, mask=mask).tolist() == (-states).tolist()
+    assert seen[0] == ([[2, 3], [4, 5]], (2, 1), "meta") and len(seen[1][0]) == 3
+    assert by_row.keep([0, 2]) == {0: [1]} and by_row.rows == {0: [1]}
+    assert by_row.keep([0]) == {0: [0]} and by_row.idle == {0}
+    assert by_row.run(0, layer, states[:1], mask=mask[:1]).tolist() == [[0, 1]], "without effect"
 
 
 def test_a_shared_batch_takes_as_many_passes_as_its_longest_row(toy_checkpoint: Path) -> None:

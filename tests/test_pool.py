@@ -21,7 +21,7 @@ from raylp.errors import UserError
 from raylp.generate import schedule
 from raylp.generate.layout import Layout, gpus_per_model, on_cpus, on_gpus, places_in
 from raylp.generate.pool import Pool, Worker, plan_workers
-from raylp.generate.schedule import Pace, efficiency, makespan, most_copies
+from raylp.generate.schedule import Pace, efficiency, even, makespan, most_copies
 from raylp.progress import Reporter, Task
 from raylp.recipe import Resources
 
@@ -253,6 +253,15 @@ def test_what_is_placed_fits(weights: float, memory: float, nodes: list[int]) ->
     assert per_gpu <= 0.9 * memory + 1e-6
     for gpus in nodes:
         assert places_in(gpus, share) * share <= gpus + 1e-6
+
+
+@given(st.integers(0, 3000), st.integers(1, 300), st.integers(1, 64))
+def test_every_worker_gets_as_many_pieces(count: int, most: int, workers: int) -> None:
+    size = even(count, most, workers)
+    assert 1 <= size <= most
+    pieces = -(-count // size)
+    assert -(-pieces // workers) == -(-count // (most * workers)), "no more turns than needed"
+    assert even(500, 128, 3) == 84
 
 
 def test_models_on_cpus() -> None:

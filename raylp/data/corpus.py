@@ -111,6 +111,11 @@ def _side_by_side(paths: list[str], pair: str) -> Iterator[Pair]:
         yield _checked(Path(paths[1]), number, Pair(str(number), source.strip(), target.strip(), pair))
 
 
+def parse_jsonl(text: str) -> list[dict]:
+    """The rows of JSON lines; a line ends with a newline only, and not with what else Unicode calls one."""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def write_jsonl(rows: Iterable[dict]) -> str:
     """The rows as JSON lines, in the characters they were written with."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

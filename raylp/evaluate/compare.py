@@ -1,6 +1,5 @@
 """Models of different runs side by side, on the sentences that all of them translated."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from raylp.data.corpus import parse_jsonl
 from raylp.data.languages import split_pair
 from raylp.errors import UserError
 from raylp.metrics import ngram
@@ -106,8 +106,7 @@ def compare(entrants: Sequence[Entrant], resamples: int = 1000) -> dict[tuple[st
 
 
 def _sentences(entrant: Entrant, test_set: str) -> list[tuple[str, str, str]]:
-    lines = entrant.rundir.read_text(f"translations/{entrant.model}/{test_set}.jsonl").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = parse_jsonl(entrant.rundir.read_text(f"translations/{entrant.model}/{test_set}.jsonl"))
     return [(row["source"], row["target"], row["pair"]) for row in rows]
 
 

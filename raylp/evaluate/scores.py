@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from raylp.context import Context
+from raylp.data.corpus import parse_jsonl
 from raylp.data.languages import split_pair
 from raylp.metrics.ngram import Metric, Statistics
 from raylp.metrics.registry import is_comet, open_metric, short_name
@@ -48,8 +49,7 @@ def score_translations(context: Context, models: list[str], metrics: list[str]) 
 
 def read_translations(context: Context, model: str, test_set: str) -> list[dict[str, Any]]:
     """The rows of translations/<model>/<test set>.jsonl."""
-    lines = context.rundir.read_text(f"translations/{model}/{test_set}.jsonl").splitlines()
-    return [json.loads(line) for line in lines]
+    return parse_jsonl(context.rundir.read_text(f"translations/{model}/{test_set}.jsonl"))
 
 
 def _open(context: Context, name: str, advance: Any) -> dict[str, Metric]:

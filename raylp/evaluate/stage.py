@@ -9,11 +9,14 @@ from raylp.data.corpus import Pair, write_jsonl
 from raylp.evaluate.results import write_results
 from raylp.evaluate.scores import score_translations
 from raylp.generate.pool import Pool, batch_size_of, plan_workers
+from raylp.generate.schedule import even
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.progress import Task
+
+BLOCK = 16  # sentences of a file of unfinished work
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -36,8 +39,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         pool = Pool(layout, context.prompt.newline, context.rundir.logs(), batch_size=rows)
         try:
             for name, path, test_set, examples in jobs:
-                block = min(rows, -(-len(examples) // layout.workers))
-                _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype, block)
+                _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype, rows)
         finally:
             pool.close()
     statistics, metrics = score_translations(context, list(models), recipe.metrics)
@@ -110,26 +112,30 @@ def _translate(
     examples: list[Pair],
     backend: str,
     dtype: str,
-    block: int,
+    rows: int,
 ) -> None:
-    """One model over one test set, `block` sentences at a time; finished blocks are kept until all are there."""
+    """One model over one test set, at most `rows` sentences at a time; finished blocks are kept until all are there."""
     requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
-    parts = context.rundir.scratch(f"translations/{name}/{test_set}/{block}")
-    starts = range(0, len(examples), block)
+    parts = context.rundir.scratch(f"translations/{name}/{test_set}")
+    starts = range(0, len(examples), BLOCK)
     missing = [start for start in starts if not (parts / f"{start}.jsonl").exists()]
-    task.advance(len(examples) - sum(min(block, len(examples) - start) for start in missing))
+    task.advance(len(examples) - sum(min(BLOCK, len(examples) - start) for start in missing))
+    size = even(len(missing), max(1, rows // BLOCK), len(pool.workers))
+    together = [missing[first : first + size] for first in range(0, len(missing), size)]
 
-    def submit(worker: Any, start: int) -> Any:
-        return worker.translate.remote(str(path), backend, dtype, requests[start : start + block])
+    def submit(worker: Any, some: list[int]) -> Any:
+        asked = [(requests[start : start + BLOCK], (), None) for start in some]
+        return worker.translate_together.remote(str(path), backend, dtype, asked)
 
-    for start, (outputs, _) in pool.run(missing, submit, task):
-        rows = [
-            {**example.as_dict(), "hypothesis": output.text, "finish": output.finish}
-            for example, output in zip(examples[start : start + block], outputs, strict=True)
-        ]
-        partial = parts / f".{start}.part"
-        partial.write_text(write_jsonl(rows), encoding="utf-8")
-        partial.replace(parts / f"{start}.jsonl")
-        task.advance(len(rows), f"{name} on {test_set}")
+    for some, (made, _) in pool.run(together, submit, task):
+        for start, outputs in zip(some, made, strict=True):
+            lines = [
+                {**example.as_dict(), "hypothesis": output.text, "finish": output.finish}
+                for example, output in zip(examples[start : start + BLOCK], outputs, strict=True)
+            ]
+            partial = parts / f".{start}.part"
+            partial.write_text(write_jsonl(lines), encoding="utf-8")
+            partial.replace(parts / f"{start}.jsonl")
+            task.advance(len(lines), f"{name} on {test_set}")
     whole = "".join((parts / f"{start}.jsonl").read_text(encoding="utf-8") for start in starts)
     context.rundir.write_text(f"translations/{name}/{test_set}.jsonl", whole)

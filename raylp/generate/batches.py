@@ -1,4 +1,4 @@
-"""Which requests are generated together: by the requests and the bounds alone, so a block is always split alike."""
+"""Which requests are generated together: by the requests and the bounds alone."""
 
 from collections.abc import Sequence
 

@@ -149,7 +149,7 @@ def _gpus_of_this_actor() -> float:
     """GPUs, or the share of one, that Ray gave to the actor this runs in; 1 outside of Ray."""
     import ray
 
-    if not ray.is_initialized():
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return 1.0
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 
@@ -210,10 +210,14 @@ class _Member:
 
 @dataclass(eq=False)
 class _Job:
-    """A unit on its way. `flying`: in how many queues it is; `tries`: how many workers have died over it."""
+    """A unit on its way. `cost`: what it should take, as first thought; `rank`: as thought now, the highest goes first.
+
+    `flying`: in how many queues it is; `tries`: how many workers have died over it.
+    """
 
     unit: Any
-    cost: float = 1.0
+    cost: float
+    rank: float = 0.0
     flying: int = 0
     tries: int = 0
     helped: bool = False
@@ -276,7 +280,7 @@ class Pool:
         """
         import ray
 
-        jobs = [_Job(unit) for unit in units]
+        jobs = [_Job(unit, cost(unit) if cost else 1.0) for unit in units]
         waiting = deque(jobs)
         if cost:
             _sort(waiting, cost)
@@ -464,8 +468,8 @@ class Pool:
 def _sort(waiting: deque[_Job], cost: Callable[[Any], float]) -> None:
     """The longest first."""
     for job in waiting:
-        job.cost = cost(job.unit)
-    ordered = sorted(waiting, key=lambda job: -job.cost)
+        job.rank = cost(job.unit)
+    ordered = sorted(waiting, key=lambda job: -job.rank)
     waiting.clear()
     waiting.extend(ordered)
 

@@ -33,6 +33,15 @@ def efficiency(unit_seconds: Sequence[float], rounds: Sequence[int], workers: in
     return sum(unit_seconds) / (workers * spans) if spans else 1.0
 
 
+def even(count: int, most: int, workers: int) -> int:
+    """How many of `count` things each piece gets, at most `most`, so that all workers get as many pieces.
+
+    500 things, at most 128 in a piece, 3 workers: two pieces for each, of 84.
+    """
+    turns = -(-count // (most * workers))
+    return max(1, -(-count // (turns * workers))) if count else 1
+
+
 class Pace:
     """What units should take, learnt from those that are done: seconds for each unit of cost, by the median."""
 

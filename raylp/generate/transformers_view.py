@@ -85,11 +85,15 @@ class TransformersGenerator:
             for own, (its, _, _) in zip(sets, asked, strict=True)
             for _ in its
         ]
+        # The prompts' common beginning is computed once for each view, and stays beside every batch.
+        room = self.max_slots - len(set(skips)) * common_prefix([request.tokens for request in requests])
+        if len(asked) > 1 and room < self.max_slots // 2:
+            return [self.generate(*one) for one in asked]
         outputs: dict[int, Output] = {}
         further = sorted(frozenset().union(*skips))
         with torch.inference_mode(), without_layers_by_row(self.model, gone, further) as by_row:
             prefix = _Prefix(self.model, by_row, [request.tokens for request in requests], skips)
-            for batch in batches(requests, self.batch_size, self.max_slots):
+            for batch in batches(requests, self.batch_size, max(1, room)):
                 by_row.assign([skips[i] for i in batch])
                 chosen, given = [requests[i] for i in batch], [drafts[i] for i in batch]
                 of = [prefix.variants[skips[i]] for i in batch]

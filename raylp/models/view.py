@@ -148,7 +148,7 @@ def _pick(value: Any, index: Any, rows: int) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value[index] if value.ndim > 1 and len(value) == rows else value
+        return value[index.to(value.device)] if value.ndim > 1 and len(value) == rows else value
     if isinstance(value, (tuple, list)):
         return type(value)(_pick(part, index, rows) for part in value)
     return value

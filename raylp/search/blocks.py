@@ -1,4 +1,4 @@
-"""The search sentences in blocks: the unit of work, of batching and of the ledger."""
+"""The search sentences in blocks: the unit of work and of the ledger."""
 
 import hashlib
 import itertools

@@ -76,6 +76,8 @@ class Target:
             UserError: it cannot be reached, or is reached before anything is removed.
         """
         free = self.num_layers - len(self.protected)
+        if free < 1:
+            raise UserError(f"search.protect names all {self.num_layers} layers, so none can go: protect fewer")
         for depth in self.depths:
             count = self.num_layers - depth
             if count < 1:

@@ -1,6 +1,5 @@
 """What a worker computes for a search. It files its lines itself: what is done outlives the driver."""
 
-import heapq
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from raylp.data.languages import split_pair
 from raylp.data.tokens import Example
 from raylp.generate.base import Output
 from raylp.generate.pool import Worker
+from raylp.generate.schedule import even
 from raylp.ledger import score_key, write_segment
 from raylp.metrics.objective import load_metric
 from raylp.rundir import RunDir
@@ -126,27 +126,29 @@ Work = Translate | HealAndTranslate | Force | Weigh
 def pieces(
     works: Sequence[Work], rows: int, workers: int, cost: Callable[[Translate], float] = lambda work: work.cost
 ) -> list[Sequence[Work]]:
-    """Which translations are made together: at most `rows` sentences, and enough pieces for all workers.
+    """Which translations are made together: at most `rows` sentences, and as many pieces for each worker.
 
     Views of a transformers model share batches within a language pair, whose prompts begin alike; vLLM translates with
     one view at a time. Other work is a piece by itself. By what they should `cost`, translations are dealt out evenly
     where every worker gets one piece; where it gets several, those of like cost go together, as a batch lasts for its
-    longest row.
+    longest row. With no more `rows` than a block has, every translation is a piece by itself.
     """
     found: list[Sequence[Work]] = [[work] for work in works if not isinstance(work, Translate)]
     translations = [work for work in works if isinstance(work, Translate)]
-    total = sum(len(work.block) for work in translations)
-    most = min(rows, -(-total // workers))
+    sizes = [len(work.block) for work in translations]
+    if rows <= max(sizes, default=0):
+        return [*found, *([work] for work in translations)]
     groups: dict[Any, list[Translate]] = {}
     for work in sorted(translations, key=cost, reverse=True):  # what is equally long stays in the order given
         groups.setdefault(work.block.pair if work.backend == "transformers" else work.removed, []).append(work)
-    for group in groups.values():
-        found += _dealt(group, workers, cost) if most < rows and len(groups) == 1 else _filled(group, most)
-    return found
+    if len(groups) == 1 and sum(sizes) <= rows * workers:
+        return [*found, *_dealt(translations, rows, workers, cost)]
+    most = even(sum(sizes), rows, workers)
+    return [*found, *(piece for group in groups.values() for piece in _filled(group, most))]
 
 
 def _filled(group: Sequence[Translate], most: int) -> list[list[Translate]]:
-    """In the order given, as many in each piece as have at most `most` sentences."""
+    """In the order given, as many in each piece as have at most `most` sentences; one at least."""
     found: list[list[Translate]] = []
     room = 0
     for work in group:
@@ -158,14 +160,21 @@ def _filled(group: Sequence[Translate], most: int) -> list[list[Translate]]:
     return found
 
 
-def _dealt(group: Sequence[Translate], count: int, cost: Callable[[Translate], float]) -> list[list[Translate]]:
-    """`count` pieces, or as many as there are works; each next work goes to the piece that has the least to do."""
-    found: list[list[Translate]] = [[] for _ in range(min(count, len(group)))]
-    loads = [(0.0, number) for number in range(len(found))]
-    for work in group:
-        load, number = heapq.heappop(loads)
-        found[number].append(work)
-        heapq.heappush(loads, (load + cost(work), number))
+def _dealt(
+    works: Sequence[Translate], rows: int, workers: int, cost: Callable[[Translate], float]
+) -> list[list[Translate]]:
+    """A piece for each worker, or more where `rows` asks for it; the costliest work left goes where least is to do."""
+    found: list[list[Translate]] = [[] for _ in range(min(workers, len(works)))]
+    loads = [0.0] * len(found)
+    for work in sorted(works, key=cost, reverse=True):
+        open_ = [i for i, piece in enumerate(found) if sum(len(w.block) for w in piece) + len(work.block) <= rows]
+        if not open_:
+            found.append([])
+            loads.append(0.0)
+            open_ = [len(found) - 1]
+        chosen = min(open_, key=loads.__getitem__)
+        found[chosen].append(work)
+        loads[chosen] += cost(work)
     return found
 
 
@@ -243,10 +252,15 @@ class SearchWorker(Worker):
         generator: Any = self.hold(work.path, "transformers", work.dtype)
         started = time.perf_counter()
         with healed(generator.model, work.removed, work.batches, work.options):
-            made = generator.generate_together([(block.requests, (), None) for block in work.blocks])
+            made: dict[int, list[Output]] = {}
+            for pair in dict.fromkeys(block.pair for block in work.blocks):  # whose prompts begin alike
+                own = [number for number, block in enumerate(work.blocks) if block.pair == pair]
+                asked = [(work.blocks[number].requests, (), None) for number in own]
+                made |= zip(own, generator.generate_together(asked), strict=True)
         lines = []
-        parts = shares(time.perf_counter() - started, made)
-        for number, (block, outputs, share) in enumerate(zip(work.blocks, made, parts, strict=True)):
+        outputs_of = [made[number] for number in range(len(work.blocks))]
+        parts = shares(time.perf_counter() - started, outputs_of)
+        for number, (block, outputs, share) in enumerate(zip(work.blocks, outputs_of, parts, strict=True)):
             facts = {name: own for (other, name), own in work.facts.items() if other == number}
             lines += scored(block, outputs, facts, share)
         return lines
