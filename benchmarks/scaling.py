@@ -132,8 +132,9 @@ def play(
 
         objective = Objective.of({"chrF2++": 1.0}, ["xx-yy"])
         player = Player(Path(), "recorded", blocks, objective, ledger, compute, "transformers", "float32")
-        layers, gone = plan["num_layers"], [layer for r in plan["rounds"] for layer in r["removed"]]
-        target = Target(layers, protected_layers([0, -1], layers), (layers - len(gone),))
+        player.at_once = args.workers * max(sizes)
+        layers, depth = plan["num_layers"], len(plan["rounds"])
+        target = Target(layers, protected_layers([0, -1], layers), (layers - depth,))
         started = time.perf_counter()
         search = Search(player, target, Options(strategy, floor="keep"))
         rounds = search.run()

@@ -28,6 +28,7 @@ class Table:
         self.block = block
         self.value, self._noise, self.losses = value, noise, losses or {}
         self.units: set[tuple[frozenset[int], int]] = set()
+        self.at_once = 0
 
     def measure(self, units: list[tuple[Removed, int]]) -> None:
         self.units |= {(frozenset(removed), block) for removed, block in units}
@@ -106,6 +107,28 @@ def test_race_keeps_its_risk() -> None:
         wrong += paired_difference(MEAN, rows[result.winners[0]], rows[best]).high < 0
         spent += sum(standing.sentences for standing in result.standings)
     assert wrong <= 200 * 0.05 and spent < 0.75 * 200 * 12 * 128
+
+
+def test_race_fills_what_can_be_done_at_once() -> None:
+    """Many workers would wait for each other at every look at a few sentences of a few candidates."""
+    random = np.random.default_rng(3)
+    values = random.normal(0, 1, 8)[:, None] + random.normal(0, 10, (8, 128))
+    rows = [np.stack([own, np.ones(128)], axis=1) for own in values]
+    found = {}
+    for at_once in (0, 8 * 48, 8 * 128):
+        calls: list[int] = []
+        found[at_once] = race(
+            8,
+            [16] * 8,
+            lambda units, calls=calls: calls.append(len(units)),  # type: ignore[misc]
+            lambda c, b: rows[c][16 * b : 16 * b + 16],
+            MEAN.score,
+            at_once=at_once,
+        )
+        assert len(calls) == found[at_once].looks
+        assert all(16 * count >= at_once for count in calls[:-1])
+    assert found[0].looks > found[8 * 48].looks > found[8 * 128].looks == 1
+    assert found[8 * 128].winners == [int(values.mean(1).argmax())]
 
 
 def test_race_on_all_sentences_takes_the_best() -> None:

@@ -21,6 +21,7 @@ from raylp.recipe import Resources
 
 MAX_TRIES = 3
 IN_FLIGHT = 2  # one unit in work and one waiting, so that a worker is never idle between two
+SPARE = 3  # with fewer left for each worker, none waits behind another: it might be behind a long one
 BEAT_S = 2.0
 MOST_SORTED = 4096  # waiting units; sorting more of them after every result would take longer than it saves
 START_S = 600.0  # a cluster without one worker that is up for so long has no place for any
@@ -326,7 +327,7 @@ class Pool:
             for member in self._members:
                 while waiting and waiting[0].over:  # its first worker has done it after all
                     waiting.popleft()
-                enough = waiting and (depth == 0 or len(waiting) > len(self._members))
+                enough = waiting and (depth == 0 or len(waiting) > SPARE * len(self._members))
                 if enough and member.starting is None and len(member.queue) == depth:
                     self._give(member, waiting.popleft(), submit)
 

@@ -29,6 +29,7 @@ class LedgerEvaluator:
     `compute` does pieces of work, in any order, and yields each with its lines, which it has already filed.
     `gpus_per_worker`: to count GPU-seconds. `encode`: tokens of a translation, to make drafts of known ones.
     `heals_on`: what candidates are healed on, as `short_heal` says. `on_unit` hears of every piece that is done.
+    `at_once`: see the protocol.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class LedgerEvaluator:
         heals_on: Sequence[Example] = (),
         short_heal: ShortHeal | None = None,
         on_unit: Callable[[Work], None] = lambda _: None,
+        at_once: int = 0,
     ) -> None:
         self.path, self.model, self.blocks, self.objective = path, model, list(blocks), objective
         self.ledger, self.compute, self.backend, self.dtype = ledger, compute, backend, dtype
         self.gpus_per_worker, self.seed, self.encode, self.on_unit = gpus_per_worker, seed, encode, on_unit
-        self.heals_on, self.short_heal = list(heals_on), short_heal
+        self.heals_on, self.short_heal, self.at_once = list(heals_on), short_heal, at_once
         self.sizes = [len(block) for block in self.blocks]
         self.decoding = f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key

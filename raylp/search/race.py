@@ -68,11 +68,14 @@ def race(
     keep: int = 1,
     turn: int = 1,
     on_look: Callable[[int, list[int], int, float], None] = lambda *_: None,
+    at_once: int = 0,
 ) -> Result:
     """The best `keep` of `count` candidates on blocks of `sizes` sentences; `turn` blocks hold all language pairs.
 
     `measure` is given the (candidate, block) pairs to score next; `rows` gives what is known of one pair. Of equal
     scores the lower number wins. `on_look` hears the sentences seen, the candidates alive, the leader and its score.
+    `at_once`: sentences that take no longer together than fewer of them would; looks that would ask for fewer are left
+    out, which makes the stated risk smaller, not larger.
     """
     total = sum(sizes)
     schedule = looks(len(sizes), turn)
@@ -82,7 +85,11 @@ def race(
     standings: list[Standing | None] = [None] * count
     comparisons = max(1, keep * (count - keep))
     deviate = NormalDist().inv_cdf(1 - risk / (comparisons * len(schedule)))
+    taken = 0
     for look, reached in enumerate(schedule):
+        if look + 1 < len(schedule) and len(alive) * sum(sizes[seen[alive[0]] : reached]) < at_once:
+            continue
+        taken += 1
         measure([(c, block) for block in range(seen[alive[0]], reached) for c in alive])
         for c in alive:
             new = [rows(c, block) for block in range(seen[c], reached)]
@@ -97,12 +104,14 @@ def race(
         bounds = _bounds(order, known, scores, score, keep, deviate, sentences, total)
         for c in order:
             gone = c in bounds and (reached == len(sizes) or bounds[c][0] < bounds[c][1])
-            standings[c] = Standing(scores[c], sentences, look if gone else None, bounds[c][0] if c in bounds else None)
+            standings[c] = Standing(
+                scores[c], sentences, taken - 1 if gone else None, bounds[c][0] if c in bounds else None
+            )
         alive = sorted(c for c in order if standings[c].dropped_at is None)  # type: ignore[union-attr]
         if len(alive) <= keep:
             break
     winners = sorted(alive, key=lambda c: (-scores[c], c))
-    return Result(winners, [s for s in standings if s is not None], seen, look + 1)
+    return Result(winners, [s for s in standings if s is not None], seen, taken)
 
 
 def _bounds(

@@ -170,6 +170,8 @@ def make_evaluator(
         heals_on(context, tokenizer),
         section.short_heal or ShortHeal(),
         progress.unit,
+        # A GPU's step takes as long for one row as for a batch of them; a CPU's grows with every row.
+        layout.workers * (rows if layout.gpus else section.block),
     )
     return evaluator
 

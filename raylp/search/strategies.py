@@ -29,6 +29,11 @@ class Evaluator(Protocol):
     @property
     def sizes(self) -> Sequence[int]: ...
 
+    @property
+    def at_once(self) -> int:
+        """Sentences that the workers translate in the time that fewer of them would take; 0 where it is not known."""
+        ...
+
     def measure(self, units: list[tuple[Removed, int]]) -> None:
         """Scores these (set, block) pairs, unless they are known; earlier ones first."""
         ...
@@ -234,6 +239,7 @@ class Search:
             keep,
             len(evaluator.objective.pairs),
             look,
+            evaluator.at_once,
         )
         records = [
             Candidate(
