@@ -220,8 +220,7 @@ def write_trace(
     """
     lines = {
         (tuple(line["removed"]), line["block"]): line
-        for file in (out / "exhaustive" / "ledger").glob("*.jsonl")
-        for line in map(json.loads, file.read_text().splitlines())
+        for line in Ledger(RunDir(str(out / "exhaustive"))).lines.values()
         if "texts" in line
     }
     tokenizer = load_tokenizer(locate(args.model, None))

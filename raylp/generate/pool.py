@@ -94,27 +94,21 @@ class Worker:
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Output], float]:
         """Outputs, and the seconds they took without loading."""
-        generator = self.hold(path, backend, dtype, skippable)
-        self._note(path, removed, len(requests))
-        started = time.perf_counter()
-        outputs = generator.generate(requests, removed, drafts)
-        return outputs, time.perf_counter() - started
+        (outputs,), seconds = self.translate_together(path, backend, dtype, [(requests, removed, drafts)], skippable)
+        return outputs, seconds
 
     def translate_together(
         self, path: str, backend: str, dtype: str, asked: Sequence[Asked], skippable: bool = False
     ) -> tuple[list[list[Output]], float]:
         """Outputs of several views, at once as far as the backend can, and the seconds that all took."""
         generator = self.hold(path, backend, dtype, skippable)
-        for requests, removed, _ in asked:
-            self._note(path, removed, len(requests))
+        with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
+            for requests, removed, _ in asked:
+                note = {"path": path, "removed": list(removed), "sentences": len(requests)}
+                stream.write(json.dumps(note) + "\n")
         started = time.perf_counter()
         outputs = generator.generate_together(asked)
         return outputs, time.perf_counter() - started
-
-    def _note(self, path: str, removed: Sequence[int], sentences: int) -> None:
-        """Says what is about to be generated: what is killed on the way has been work too."""
-        with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
-            stream.write(json.dumps({"path": path, "removed": list(removed), "sentences": sentences}) + "\n")
 
     def hold(self, path: str, backend: str, dtype: str, skippable: bool = False) -> Generator:
         """The model, resident from now on; another one is let go."""
@@ -211,14 +205,13 @@ class _Member:
 
 @dataclass(eq=False)
 class _Job:
-    """A unit on its way. `cost`: what it should take, as first thought; `rank`: as thought now, the highest goes first.
+    """A unit on its way. `cost`: what it should take, as first thought; `flying`: in how many queues it is.
 
-    `flying`: in how many queues it is; `tries`: how many workers have died over it.
+    `tries`: how many workers have died over it.
     """
 
     unit: Any
     cost: float
-    rank: float = 0.0
     flying: int = 0
     tries: int = 0
     helped: bool = False
@@ -282,9 +275,7 @@ class Pool:
         import ray
 
         jobs = [_Job(unit, cost(unit) if cost else 1.0) for unit in units]
-        waiting = deque(jobs)
-        if cost:
-            _sort(waiting, cost)
+        waiting = deque(sorted(jobs, key=lambda job: -job.cost))
         pace, left, copies = Pace(), len(jobs), most_copies(len(jobs))
         try:
             while left:
@@ -311,7 +302,7 @@ class Pool:
                         self._cancel(job)
                         yield job.unit, result[0]
                         if cost and len(waiting) <= MOST_SORTED:
-                            _sort(waiting, cost)
+                            waiting = deque(sorted(waiting, key=lambda job: -cost(job.unit)))
         finally:
             for job in jobs:  # what nobody waits for any more
                 job.over = True
@@ -464,15 +455,6 @@ class Pool:
             _kill(member.actor)
         self._members = []
         self._flying = {}
-
-
-def _sort(waiting: deque[_Job], cost: Callable[[Any], float]) -> None:
-    """The longest first."""
-    for job in waiting:
-        job.rank = cost(job.unit)
-    ordered = sorted(waiting, key=lambda job: -job.rank)
-    waiting.clear()
-    waiting.extend(ordered)
 
 
 def _kill(actor: Any) -> None:

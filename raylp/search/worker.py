@@ -142,7 +142,8 @@ def pieces(
     for work in sorted(translations, key=cost, reverse=True):  # what is equally long stays in the order given
         groups.setdefault(work.block.pair if work.backend == "transformers" else work.removed, []).append(work)
     if len(groups) == 1 and sum(sizes) <= rows * workers:
-        return [*found, *_dealt(translations, rows, workers, cost)]
+        (group,) = groups.values()
+        return [*found, *_dealt(group, rows, workers, cost)]
     most = even(sum(sizes), rows, workers)
     return [*found, *(piece for group in groups.values() for piece in _filled(group, most))]
 
@@ -161,12 +162,12 @@ def _filled(group: Sequence[Translate], most: int) -> list[list[Translate]]:
 
 
 def _dealt(
-    works: Sequence[Translate], rows: int, workers: int, cost: Callable[[Translate], float]
+    group: Sequence[Translate], rows: int, workers: int, cost: Callable[[Translate], float]
 ) -> list[list[Translate]]:
-    """A piece for each worker, or more where `rows` asks for it; the costliest work left goes where least is to do."""
-    found: list[list[Translate]] = [[] for _ in range(min(workers, len(works)))]
+    """A piece for each worker, or more where `rows` asks for it; in the order given, each goes where least is to do."""
+    found: list[list[Translate]] = [[] for _ in range(min(workers, len(group)))]
     loads = [0.0] * len(found)
-    for work in sorted(works, key=cost, reverse=True):
+    for work in group:
         open_ = [i for i, piece in enumerate(found) if sum(len(w.block) for w in piece) + len(work.block) <= rows]
         if not open_:
             found.append([])
