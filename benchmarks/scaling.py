@@ -1,6 +1,6 @@
 """How busy many workers are: a recorded exhaustive search played again by workers that only wait.
 
-    python benchmarks/scaling.py runs/exhaustive --workers 64 --times 4 --speed 20
+    python benchmarks/scaling.py runs/exhaustive --workers 64 --times 4
 
 RUN: an exhaustive search. Search, pool and Ray are the real ones; a unit takes the seconds that its line in the ledger
 says, divided by --speed, and gives that line. `--times 4` gives every block four times, as if there were four times the
@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from raylp import cluster
 from raylp.generate.base import Request
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--times", type=int, default=1)
-    parser.add_argument("--speed", type=float, default=10)
+    parser.add_argument("--speed", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=1, help="sentences of a piece; a unit at least")
     parser.add_argument("--strategies", default="exhaustive,race")
     args = parser.parse_args()
@@ -72,8 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as log, Reporter(quiet=True).task("wait") as task:
         pool = Pool(args.workers, True, Path(log), Waiter)
         try:
-            for _ in pool.run(range(4 * args.workers), lambda worker, _: worker.wait.remote(0.2), task):
-                pass  # until all are up
+            ray.get([worker.pid.remote() for worker in pool.workers])  # all are up
             for strategy in args.strategies.split(","):
                 work, wall, layers = play(strategy, args, plan, recorded, blocks, pool, task)
                 share = work / (args.workers * wall)

@@ -1,6 +1,7 @@
 """95% intervals by the percentile bootstrap over sentences (Koehn 2004), for scores and for paired differences."""
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,7 @@ def score_with_interval(metric: Scored, statistics: Statistics, resamples: int =
     """The corpus score of `statistics` (sentences, counts) and its interval."""
     n = len(statistics)
     value = metric.score(statistics.sum(0))
-    draws = _draws(n, resamples)
-    scores = [metric.score(totals) for totals in draws @ statistics]
+    scores = [metric.score(totals) for totals in _resampled(statistics, resamples)]
     low, high = np.percentile(scores, [2.5, 97.5])
     return Score(value, float(low), float(high), n, f"{metric.signature}|bs:{resamples}|seed:{SEED}")
 
@@ -38,15 +38,19 @@ def paired_difference(metric: Scored, a: Statistics, b: Statistics, resamples: i
     """Score of `a` minus score of `b` on the same sentences, resampled together."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} sentences cannot be paired")
-    draws = _draws(len(a), resamples)
-    differences = [
-        metric.score(first) - metric.score(second) for first, second in zip(draws @ a, draws @ b, strict=True)
-    ]
+    both = zip(_resampled(a, resamples), _resampled(b, resamples), strict=True)
+    differences = [metric.score(first) - metric.score(second) for first, second in both]
     low, high = np.percentile(differences, [2.5, 97.5])
     value = metric.score(a.sum(0)) - metric.score(b.sum(0))
     return Score(value, float(low), float(high), len(a), f"{metric.signature}|paired-bs:{resamples}|seed:{SEED}")
 
 
+def _resampled(statistics: Statistics, resamples: int) -> Statistics:
+    """(resamples, counts): sums over the sentences drawn. Counts stay exact: float64 holds whole numbers to 2^53."""
+    return _draws(len(statistics), resamples) @ statistics.astype(np.float64)
+
+
+@lru_cache(maxsize=2)
 def _draws(n: int, resamples: int) -> Statistics:
     """(resamples, n): how often each sentence is drawn; the same draws for every metric and model of n sentences."""
-    return np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.int64)
+    return np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)

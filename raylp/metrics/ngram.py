@@ -58,7 +58,7 @@ class NgramMetric:
         return np.asarray(rows, dtype=np.int64)
 
     def score(self, totals: Statistics) -> float:
-        return float(self._metric._compute_score_from_stats([int(count) for count in totals]).score)
+        return float(self._metric._compute_score_from_stats(totals.astype(np.int64).tolist()).score)
 
 
 @cache
