@@ -8,13 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylp.errors import UserError
+from raylp.generate.base import Request
+from raylp.ledger import Ledger, score_key
 from raylp.metrics.intervals import paired_difference
 from raylp.metrics.objective import Objective, influence
 from raylp.models.checkpoint import Costs
+from raylp.rundir import RunDir
+from raylp.search.blocks import Block
+from raylp.search.evaluator import LedgerEvaluator
 from raylp.search.plan import Removed, num_evaluations, protected_layers
 from raylp.search.race import looks, race
 from raylp.search.strategies import Options, Search
 from raylp.search.targets import Target
+from raylp.search.worker import Translate
 
 MEAN = Objective.of({"likelihood": 1.0}, ["xx-yy"])
 
@@ -285,3 +291,35 @@ def test_one_sentence_is_enough_for_a_decision() -> None:
     search = run(Table(additive([0, 1, 2, 0]), 1, 1), 4, 1, strategy="race")
     assert search.rounds[0].removed == (1,)
     assert all(c.bound is None or c.bound == c.bound for c in search.rounds[0].candidates)
+
+
+def test_what_a_candidate_said_tells_what_its_other_blocks_take(tmp_path):
+    """Layer 2's candidate rambles to its bound, layer 1's says a quarter: both are expected to go on so."""
+    share = {1: 0.25, 2: 1.0}
+    size, bound = 4, 10
+    request = Request((0,), bound)
+    blocks = [Block("xx-yy", ("",) * size, ("a b",) * size, (request,) * size, (), f"block {n}") for n in range(3)]
+    expected: list[dict[tuple[tuple[int, ...], str], float]] = []
+
+    def compute(works):
+        for done, work in enumerate(works, start=1):
+            ((name, facts),) = work.facts.items()
+            rows = Objective.of({name: 1.0}, ["xx-yy"]).metric(name, "xx-yy").statistics(["a b"] * size, ["a b"] * size)
+            tokens = int(share[work.removed[-1]] * size * bound)
+            yield work, [{"key": score_key(facts), **facts, "statistics": rows.tolist(), "tokens": tokens, "texts": []}]
+            expected.append({(left.removed, left.block.hash): evaluator.expected(left) for left in works[done:]})
+
+    ledger = Ledger(RunDir(str(tmp_path)))
+    objective = Objective.of({"chrF2++": 1.0}, ["xx-yy"])
+    evaluator = LedgerEvaluator(tmp_path, "model", blocks, objective, ledger, compute, "transformers", "float32")
+    evaluator.measure([((layer,), block) for block in range(3) for layer in (1, 2)])
+    assert expected[0] == {
+        ((2,), "block 0"): 40,
+        **{((1,), f"block {n}"): 10 for n in (1, 2)},
+        **{((2,), f"block {n}"): 40 for n in (1, 2)},
+    }, "before layer 2's candidate has said anything, its bound counts"
+    share[2] = 0.5
+    expected.clear()
+    assert evaluator.expected(Translate("", "", blocks[0], (1, 2), {})) == 40, "a new set goes by its last layer"
+    evaluator.measure([((1, 2), block) for block in range(3)])
+    assert expected[0] == {((1, 2), "block 1"): 20, ((1, 2), "block 2"): 20}, "then by itself"

@@ -12,6 +12,7 @@ from rich.table import Table
 from raylp.data.corpus import parse_jsonl
 from raylp.data.languages import split_pair
 from raylp.errors import UserError
+from raylp.evaluate.scores import score_file
 from raylp.metrics import ngram
 from raylp.metrics.intervals import Score, paired_difference, score_with_interval
 from raylp.metrics.ngram import Scored, Statistics
@@ -128,7 +129,7 @@ def _standings(entrants: Sequence[Entrant], test_set: str, name: str, pair: str,
 
 
 def _filed(entrant: Entrant, test_set: str, name: str) -> tuple[str, Statistics]:
-    entry: dict[str, Any] = entrant.rundir.read_json(f"scores/{entrant.model}/{test_set}/{name}.json")
+    entry: dict[str, Any] = entrant.rundir.read_json(score_file(entrant.model, test_set, name))
     return entry["metric"], np.asarray(entry["statistics"])
 
 

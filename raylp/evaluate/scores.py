@@ -21,7 +21,7 @@ Metrics = dict[tuple[str, str], Metric]
 def score_translations(context: Context, models: list[str], metrics: list[str]) -> tuple[Found, Metrics]:
     """Per-sentence statistics of every model's translations of every test set, and the metrics they belong to.
 
-    Filed as scores/<model>/<test set>/<metric>.json with the metric's signature and a hash of what was scored. COMET
+    Filed (`score_file`) with the metric's signature and a hash of what was scored. COMET
     checkpoints are loaded one at a time, and only where something is missing.
     """
     found: Found = {}
@@ -52,6 +52,11 @@ def read_translations(context: Context, model: str, test_set: str) -> list[dict[
     return parse_jsonl(context.rundir.read_text(f"translations/{model}/{test_set}.jsonl"))
 
 
+def score_file(model: str, test_set: str, metric: str) -> str:
+    """Where the statistics of a model's translations of a test set are filed in a run directory."""
+    return f"scores/{model}/{test_set}/{metric}.json"
+
+
 def _open(context: Context, name: str, advance: Any) -> dict[str, Metric]:
     """The metric for each test set: one COMET process for all, an n-gram metric by target language."""
     tests = context.splits.test
@@ -66,7 +71,7 @@ def _filed(context: Context, model: str, test_set: str, metric: Metric, rows: li
     """The statistics of `rows`, from their file when it is of the same metric and texts, else computed and filed."""
     sources, hypotheses, references = ([row[key] for row in rows] for key in ("source", "hypothesis", "target"))
     facts = {"metric": metric.signature, "texts": _hash([sources, hypotheses, references])}
-    place = f"scores/{model}/{test_set}/{metric.name}.json"
+    place = score_file(model, test_set, metric.name)
     if context.rundir.exists(place):
         entry = context.rundir.read_json(place)
         if {key: entry[key] for key in facts} == facts:

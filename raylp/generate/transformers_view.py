@@ -86,13 +86,14 @@ class TransformersGenerator:
             for _ in its
         ]
         # The prompts' common beginning is computed once for each view, and stays beside every batch.
-        room = self.max_slots - len(set(skips)) * common_prefix([request.tokens for request in requests])
+        beginning = self._beginning(requests)
+        room = self.max_slots - len(set(skips)) * len(beginning)
         if len(asked) > 1 and room < self.max_slots // 2:
             return [self.generate(*one) for one in asked]
         outputs: dict[int, Output] = {}
         further = sorted(frozenset().union(*skips))
         with torch.inference_mode(), without_layers_by_row(self.model, gone, further) as by_row:
-            prefix = _Prefix(self.model, by_row, [request.tokens for request in requests], skips)
+            prefix = _Prefix(self.model, by_row, beginning, skips)
             for batch in batches(requests, self.batch_size, max(1, room)):
                 by_row.assign([skips[i] for i in batch])
                 chosen, given = [requests[i] for i in batch], [drafts[i] for i in batch]
@@ -102,6 +103,14 @@ class TransformersGenerator:
                     outputs[i] = to_output(self.tokenizer, row, finish, self.newline)
         every = iter(range(len(requests)))
         return [[outputs[next(every)] for _ in own] for own, _, _ in asked]
+
+    def _beginning(self, requests: Sequence[Request]) -> tuple[int, ...]:
+        """The tokens that all prompts begin with; none where a sliding cache would drop the first of them."""
+        if len(requests) < 2:
+            return ()
+        length = common_prefix([request.tokens for request in requests])
+        window = getattr(text_config(self.model), "sliding_window", None)
+        return requests[0].tokens[:length] if window is None or length < window else ()
 
     @cached_property
     def _by_row(self) -> bool:
@@ -150,22 +159,16 @@ def _rewinds(model: Any) -> bool:
 class _Prefix:
     """Keys and values of the tokens that all prompts begin with, computed once: a row for each set of `skips`."""
 
-    def __init__(
-        self, model: Any, by_row: ByRow, prompts: list[tuple[int, ...]], skips: Sequence[frozenset[int]]
-    ) -> None:
+    def __init__(self, model: Any, by_row: ByRow, beginning: tuple[int, ...], skips: Sequence[frozenset[int]]) -> None:
         self.variants = {own: number for number, own in enumerate(dict.fromkeys(skips))}
-        self.length = common_prefix(prompts) if len(prompts) > 1 else 0
+        self.length = len(beginning)
         self.layers: list[tuple[Any, Any]] = []
-        if self.length == 0:
-            return
-        window = getattr(text_config(model), "sliding_window", None)
-        if window is not None and self.length >= window:
-            self.length = 0  # a sliding cache would already have dropped its beginning
+        if not beginning:
             return
         import torch
 
         cache = _new_cache(model, False)
-        tokens = torch.tensor([prompts[0][: self.length]] * len(self.variants), device=model.device)
+        tokens = torch.tensor([beginning] * len(self.variants), device=model.device)
         by_row.assign(list(self.variants))
         model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]

@@ -23,7 +23,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from raylp.errors import UserError
-from raylp.metrics.ngram import Statistics
+from raylp.metrics.ngram import Statistics, mean_of
 
 SERVER = Path(__file__).with_name("comet_server.py")
 # How long each phase of the start may take, in seconds: importing, fetching from the hub, reading the checkpoint.
@@ -317,7 +317,7 @@ class CometMetric:
 
     def score(self, totals: Statistics) -> float:
         """The mean, on COMET's own scale, from the sum of rows."""
-        return float(totals[0] / totals[1])
+        return mean_of(totals)
 
     def close(self) -> None:
         self.scorer.close()

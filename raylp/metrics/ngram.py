@@ -40,6 +40,11 @@ class Metric(Scored, Protocol):
         ...
 
 
+def mean_of(totals: Statistics) -> float:
+    """The mean of a value, from the (2,) sum of rows of (sum, number of units)."""
+    return float(totals[0]) / float(totals[1]) if totals[1] else 0.0
+
+
 class NgramMetric:
     """A sacrebleu metric. `_extract_corpus_statistics` and `_compute_score_from_stats` are what its own corpus_score
     and bootstrap are made of; sacrebleu is pinned, and a test holds them against corpus_score.

@@ -17,7 +17,7 @@ import numpy as np
 
 from raylp.data.languages import split_pair
 from raylp.errors import UserError
-from raylp.metrics.ngram import NAMES, Metric, Statistics, metric
+from raylp.metrics.ngram import NAMES, Metric, Statistics, mean_of, metric
 from raylp.metrics.registry import check as check_metric
 from raylp.metrics.registry import full_name, open_metric, short_name
 
@@ -40,7 +40,7 @@ class Mean:
         raise TypeError(f"{self.name} is not computed from translations")
 
     def score(self, totals: Statistics) -> float:
-        return self.sign * float(totals[0]) / float(totals[1]) if totals[1] else 0.0
+        return self.sign * mean_of(totals)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class UserMetric:
         return np.stack([values, np.ones_like(values)], axis=1)
 
     def score(self, totals: Statistics) -> float:
-        return float(totals[0]) / float(totals[1]) if totals[1] else 0.0
+        return mean_of(totals)
 
 
 def usual_name(name: str) -> str:
