@@ -6,8 +6,8 @@ DIR holds a folder for each pair with train.jsonl, dev.jsonl (searched on) and t
 adapted on the training text (near the floor a search measures noise), searched exhaustively, and every criterion is
 computed on the same sentences for every round's model. Everything is a run directory under --out: what is done is not
 done again. Prints, and writes to --out/criteria.json, for each pair, round and criterion: Spearman's rank correlation
-with chrF++ over the round's candidates, and the rank the criterion gives to the layer that chrF++ takes: so many
-candidates would have to be confirmed by generation to hold that choice.
+with chrF++ over the round's candidates, and how many of the criterion's first candidates would have to be confirmed by
+generation to hold the layer that chrF++ takes, or one that is a statistical tie of it.
 """
 
 import argparse
@@ -30,11 +30,13 @@ from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.search.blocks import make_blocks
 from raylp.search.evaluator import LedgerEvaluator
-from raylp.search.plan import lowest_first
+from raylp.search.plan import Removed, lowest_first
+from raylp.search.replay import read_recording, ties
 from raylp.search.worker import SearchWorker
 
 CRITERIA = (
     "perplexity",
+    "agreement",
     "gate_taylor",
     "taylor",
     "block_influence",
@@ -118,32 +120,42 @@ def study(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
     plan = rundir.read_json("plan.json")
     path = context.baseline
     worker = SearchWorker(torch.get_num_threads(), context.prompt.newline, str(rundir.logs()))
-    evaluator = LedgerEvaluator(
-        path,
-        fingerprint(path),
-        make_blocks(context.splits.search, context.prompt, load_tokenizer(path), 16),
-        Objective.of({"chrF2++": 1.0}, [pair]),
-        Ledger(rundir),
-        lambda works: ((work, worker.do(work)) for work in works),
-        "transformers",
-        context.dtype,
-    )
+    blocks = make_blocks(context.splits.search, context.prompt, load_tokenizer(path), 16)
+
+    def evaluator(objective: Objective) -> LedgerEvaluator:
+        compute = lambda works: ((work, worker.do(work)) for work in works)  # noqa: E731
+        ledger = Ledger(rundir)
+        return LedgerEvaluator(
+            path, fingerprint(path), blocks, objective, ledger, compute, "transformers", context.dtype
+        )
+
+    scores_of = evaluator(Objective.of({"chrF2++": 1.0}, [pair]))
+    agreement = evaluator(Objective.of({"agreement": 1.0}, [pair]))
+    recording = read_recording(rundir)
     rows = []
-    gone: tuple[int, ...] = ()
+    gone: Removed = ()
     for number, r in enumerate(plan["rounds"], start=1):
         layers = [candidate["removed"][-1] for candidate in r["candidates"]]
         scores = [candidate["score"]["value"] for candidate in r["candidates"]]
         taken = r["removed"][0]
+        own = [recording.rows[frozenset((*gone, layer))] for layer in layers]
+        tied = ties(recording.objective, own, layers.index(taken)) | {layers.index(taken)}
         for criterion in CRITERIA:
-            values = evaluator.importance(criterion, gone, layers)
+            if criterion == "agreement":
+                agreement.measure([((*gone, layer), block) for block in range(len(blocks)) for layer in layers])
+                values = {layer: -total(agreement, (*gone, layer)) for layer in layers}
+            else:
+                values = scores_of.importance(criterion, gone, layers)
             order = lowest_first({layer: values[layer] for layer in layers})
             rows.append(
                 {
                     "pair": pair,
                     "baseline": plan["baseline"]["value"],
                     "noise": plan["noise"],
+                    "sentences": recording.sentences,
                     "round": number,
                     "candidates": len(layers),
+                    "ties": len(tied),
                     "taken": taken,
                     "score": r["score"]["value"],
                     "criterion": criterion,
@@ -151,11 +163,19 @@ def study(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:
                     "favourite": order[0],
                     "favourite_score": scores[layers.index(order[0])],
                     "rank_of_taken": order.index(taken) + 1,
+                    "rank_of_tie": min(order.index(layers[c]) for c in tied) + 1,
                 }
             )
             print(f"{pair} round {number} {criterion}: {rows[-1]['correlation']:.2f}", file=sys.stderr, flush=True)
         gone = (*gone, taken)
     return rows
+
+
+def total(evaluator: LedgerEvaluator, removed: Removed) -> float:
+    """The objective without `removed`, on all blocks."""
+    return evaluator.objective.score(
+        sum(evaluator.rows(removed, block).sum(0) for block in range(len(evaluator.blocks)))
+    )
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -177,7 +197,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for title, key, form in (
         ("rank correlation with chrF++", "correlation", "{:.2f}"),
-        ("rank of the layer that chrF++ takes", "rank_of_taken", "{:d}"),
+        ("candidates to confirm to hold the layer that chrF++ takes", "rank_of_taken", "{:d}"),
+        ("candidates to confirm to hold it or a tie", "rank_of_tie", "{:d}"),
         ("chrF++ without the criterion's favourite", "favourite_score", "{:.1f}"),
     ):
         table = Table(title=title, title_justify="left")
@@ -194,7 +215,12 @@ def show(rows: list[dict[str, Any]]) -> None:
         console.print(table)
     for pair in dict.fromkeys(row["pair"] for row in rows):
         row = next(row for row in rows if row["pair"] == pair)
-        console.print(f"{pair}: baseline {row['baseline']:.1f} chrF++, noise {row['noise']:.1f}")
+        rounds = [r for r in rows if r["pair"] == pair and r["criterion"] == CRITERIA[0]]
+        console.print(
+            f"{pair}: {row['sentences']} sentences, baseline {row['baseline']:.1f} chrF++, noise {row['noise']:.1f}; "
+            f"taken {', '.join(str(r['taken']) for r in rounds)} of {', '.join(str(r['candidates']) for r in rounds)}, "
+            f"ties of it with itself {', '.join(str(r['ties']) for r in rounds)}"
+        )
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def replay(
         rows = [recording.rows[frozenset(candidate)] for candidate in candidates]
         totals = [score(each.sum(0)) for each in rows]
         best = min(range(len(rows)), key=lambda c: (-totals[c], candidates[c][-1]))
-        ties = _ties(recording.objective, rows, best)
+        tied_with = ties(recording.objective, rows, best)
         chosen: dict[int, int] = {}
         sentences = 0
         for _ in range(times):
@@ -140,7 +140,7 @@ def replay(
             sentences += sum(standing.sentences for standing in result.standings)
             advance(1)
         same = chosen.get(best, 0) / times
-        tied = sum(count for c, count in chosen.items() if c != best and c in ties) / times
+        tied = sum(count for c, count in chosen.items() if c != best and c in tied_with) / times
         found.append(
             RoundReplay(
                 candidates[best][-1],
@@ -156,7 +156,7 @@ def replay(
     return found
 
 
-def _ties(objective: Objective, rows: Sequence[Statistics], best: int) -> set[int]:
+def ties(objective: Objective, rows: Sequence[Statistics], best: int) -> set[int]:
     """Candidates whose paired difference from the best one has a 95% interval that holds zero."""
     found = set()
     for c, own in enumerate(rows):
