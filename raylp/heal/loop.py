@@ -13,7 +13,7 @@ from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
-from raylp.heal.pack import loss_sum
+from raylp.heal.pack import loss_sum, why_not_packed
 from raylp.heal.trainable import make_trainable, save_trained
 from raylp.models.load import load_model, load_tokenizer
 from raylp.models.stack import text_config
@@ -134,43 +134,17 @@ class _Worker:
 
 
 def _packing(model: Any, worker: _Worker, examples: Sequence[Example]) -> bool:
-    """Whether examples can share a row in this architecture: seen, not assumed, on the first two that are alike."""
-    import torch
-
+    """Whether examples share a row: as the recipe says, or where this architecture gives the same loss then."""
     mode = worker.config.packing
     if mode == "off":
         return False
-    pair = examples[0].pair
-    two = [example for example in examples if example.pair == pair][:2]
-    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-    with torch.no_grad(), _exact_products():
-        apart = loss_sum(model, two, worker.text_config, False, worker.pad).item()
-        try:
-            packed = loss_sum(model, two, worker.text_config, True).item()
-        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError) as error:
-            difference, reason = float("inf"), f"{type(error).__name__}: {error}"
-        else:
-            difference = abs(packed - apart) / max(1.0, abs(apart))
-            reason = f"the loss of two examples is {packed:.4f} packed and {apart:.4f} apart"
-    if difference <= tolerance:
+    problem = why_not_packed(model, examples, worker.text_config, worker.pad)
+    if problem is None:
         return True
     if mode == "on":
-        raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {reason}; set it to auto or off")
+        raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {problem}; set it to auto or off")
     worker.say("one row for each example: this architecture cannot pack them")
     return False
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever `matmul` says; rounding would pass for a difference."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _engine(model: Any, config: Heal, dtype: str) -> Any:

@@ -5,7 +5,8 @@ every example see the prefix and itself only. Causal attention makes that the sa
 with the same gradients. Few-shot prompts are mostly prefix, so the work falls to a third and less.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,3 +155,37 @@ def loss_sum(model: Any, examples: Sequence[Example], config: Any, packed: bool,
         labels = labels.flatten()
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(precise, labels, ignore_index=-100, reduction="sum")
+
+
+def why_not_packed(model: Any, examples: Sequence[Example], config: Any, pad: int = 0) -> str | None:
+    """Why examples cannot share a row in this architecture: seen, not assumed, on the first two that are alike.
+
+    None where they can. Arguments as of `loss_sum`.
+    """
+    import torch
+
+    pair = examples[0].pair
+    two = [example for example in examples if example.pair == pair][:2]
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    with torch.no_grad(), _exact_products():
+        apart = loss_sum(model, two, config, False, pad).item()
+        try:
+            packed = loss_sum(model, two, config, True).item()
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+            return f"{type(error).__name__}: {error}"
+    if abs(packed - apart) <= tolerance * max(1.0, abs(apart)):
+        return None
+    return f"the loss of two examples is {packed:.4f} packed and {apart:.4f} apart"
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever `matmul` says; rounding would pass for a difference."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -14,7 +14,7 @@ from pydantic import Field
 from raylp.config import Section
 from raylp.data.tokens import Example
 from raylp.heal.config import Heal
-from raylp.heal.pack import loss_sum
+from raylp.heal.pack import loss_sum, why_not_packed
 from raylp.heal.plan import learning_rate
 from raylp.heal.trainable import make_trainable
 from raylp.models.stack import text_config
@@ -69,13 +69,14 @@ def _train(model: Any, batches: Sequence[Sequence[Example]], options: ShortHeal)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
     config = text_config(model)
+    packed = why_not_packed(model, [example for batch in batches for example in batch], config) is None
     model.train()
     with torch.enable_grad():
         for step, batch in enumerate(batches, start=1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(batches), options.learning_rate, 0.1, "linear")
             tokens = sum(len(example.target) for example in batch)
-            loss = loss_sum(model, batch, config, packed=False) / tokens
+            loss = loss_sum(model, batch, config, packed) / tokens
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
