@@ -49,7 +49,7 @@ class Search(Section):
         "random",
         "middle",
         "tail",
-    ] = "block_influence"
+    ] = "perplexity"
     beam: int = Field(1, ge=1)
     per_round: int = Field(1, ge=1)
     joint_tolerance: float = Field(1.25, ge=1)

@@ -69,7 +69,7 @@ class Options:
 
     strategy: str = "race"
     risk: float = 0.05
-    criterion: str = "block_influence"
+    criterion: str = "perplexity"
     beam: int = 1
     per_round: int = 1
     joint_tolerance: float = 1.25
