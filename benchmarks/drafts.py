@@ -4,7 +4,7 @@
 
 MODEL: a checkpoint, as in a recipe. SOURCES: text, one sentence a line. `--step-tokens`: how many tokens a forward may
 take to check drafts; several are compared, in turns. Prints a line of JSON for each layer left out: seconds (the least
-of `--repeats`), the share of the draft that stands at the beginning of the output, and whether all outputs are equal.
+of `--repeats`), the share of the draft that stands at the beginning of the output, and how many outputs are equal.
 """
 
 import argparse

@@ -64,6 +64,11 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def length(tokenizer: Any, text: str) -> int:
+    """Tokens that were generated for a text, its end included."""
+    return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
+
+
 def main() -> None:
     args = arguments()
     path = locate(args.model, None, lambda text: print(text, file=sys.stderr))
@@ -113,7 +118,7 @@ def ours(
             lines = worker.do_together(piece)
             texts = [text for own in lines for text in own[0].get("texts", ())]
             with (out / f"{strategy.replace(':', '-')}.calls.jsonl").open("a") as stream:
-                stream.write(json.dumps([len(tokenizer(text).input_ids) + 1 for text in texts]) + "\n")
+                stream.write(json.dumps([length(tokenizer, text) for text in texts]) + "\n")
             yield from zip(piece, lines, strict=True)
 
     evaluator = LedgerEvaluator(
@@ -123,7 +128,7 @@ def ours(
     target = Target(
         num_layers, protected_layers([0, -1], num_layers), (num_layers - args.remove,), costs=layer_costs(path)
     )
-    options = Options(name, args.risk, criterion or "block_influence", floor="keep")
+    options = Options(name, args.risk, criterion or "perplexity", floor="keep")
     search = Search(evaluator, target, options, lambda rounds: tell(strategy, rounds))
     worker.translate(str(path), "transformers", dtype, blocks[0].requests[:1])  # loaded before the clock starts
     seconds = rundir.read_json("seconds.json") if rundir.exists("seconds.json") else 0.0
@@ -230,7 +235,7 @@ def write_trace(
         for block in blocks:
             line = lines[tuple(sorted(candidate.removed)), block.hash]
             for text, finish, request in zip(line["texts"], line["finish"], block.requests, strict=True):
-                steps.append(len(tokenizer(text).input_ids) + 1 if finish == "stop" else request.max_new_tokens)
+                steps.append(length(tokenizer, text) if finish == "stop" else request.max_new_tokens)
         batches = [steps[start : start + args.batch_size] for start in range(0, len(steps), args.batch_size)]
         calls += [[len(batch), max(batch)] for batch in batches]
     prompts = [request.tokens for block in blocks for request in block.requests]

@@ -53,7 +53,7 @@ def run(
 ) -> None:
     """Every stage of a recipe in order; run again, it goes on where it stopped.
 
-    Example: `raylp run recipes/demo.yaml --set run_dir=runs/mine --set search.remove=4`
+    Example: `raylp run recipes/demo.yaml --set run_dir=runs/mine --set search.layers=14`
     """
     if dry_run:
         from raylp.dry_run import dry_run as estimate

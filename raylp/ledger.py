@@ -71,6 +71,10 @@ class Ledger:
                         entry = json.loads(line)
                         lines[entry["key"]] = entry
                         self._index(entry)
+        missing = [line for key, line in self.lines.items() if key not in self._shared]
+        if cache is not None and missing:  # of a run that was killed, or had no cache before
+            write_segment(cache, missing)
+            self._shared |= {line["key"]: line for line in missing}
 
     def find(self, key: str) -> dict[str, Any] | None:
         """The line under `key`; one found only in the cache is taken over into the run."""

@@ -132,7 +132,7 @@ class Recipe(Section):
         return value
 
 
-_EMPTY_STAGES = ("distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
+_EMPTY_STAGES = ("search", "distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -119,6 +119,7 @@ def test_objectives_in_a_recipe(tmp_path: Path) -> None:
         ({"layers": [4, 0], "remove": None}, "at least 1 has to stay"),
         ({"layers": 3, "parameters": 1e6}, "set one of layers"),
         ({"strategy": "rase"}, "race"),
+        ({"swaps": 1, "max_loss": 2.0}, "leave one of them out"),
         ({"layers": [], "remove": None}, "at least 1 has to stay"),
         ({"objective": "likelihood", "short_heal": {}}, "leave likelihood out of the objective"),
         ({"objective": ["chrF++", "likelihood"], "backend": "vllm"}, "would load both backends"),

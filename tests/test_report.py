@@ -668,6 +668,14 @@ def test_a_round_at_the_floor_that_the_objective_decided_is_called_chance(tmp_pa
     assert "the choice is little better than chance" in seen and "Round 3 (not above noise)" in seen
 
 
+def test_a_round_at_the_floor_that_a_heal_decided_is_called_so(tmp_path: Path) -> None:
+    plan = race_plan(18, 3, floor_from=3, swaps=0)
+    plan["rounds"][2]["floor"]["decided_by"] = "a short heal of the likeliest"
+    seen = Structure(page(run_of(tmp_path, plan))).text
+    assert "In round 3 no candidate was better than that: the likeliest were healed for a few steps" in seen
+    assert "little better than chance" not in seen
+
+
 def test_importance_has_a_cell_for_every_candidate_smaller_where_it_was_dropped_early(tmp_path: Path) -> None:
     plan = race_plan(18, 3, floor_from=None, swaps=0)
     rounds = read_contents(run_of(tmp_path, plan)).plan

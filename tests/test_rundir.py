@@ -102,7 +102,9 @@ def test_ledger_and_shared_cache(tmp_path: Path) -> None:
     write_segment(first, [line])
     ledger = Ledger(first, cache)
     assert ledger.find(line["key"]) == line and ledger.find("other") is None
+    assert len(cache.names("ledger")) == 1, "what a killed driver did not share is shared by the next one"
     ledger.remember(line)
+    assert len(cache.names("ledger")) == 1
     assert Ledger(second).find(line["key"]) is None
     assert Ledger(second, cache).find(line["key"]) == line
     assert Ledger(second).find(line["key"]) == line

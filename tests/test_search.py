@@ -162,6 +162,8 @@ def test_pieces_as_small_as_blocks_are_blocks() -> None:
     blocks = [Block("xx-yy", ("",) * size, ("",) * size, (), (), "") for size in (16, 4)]
     works = [Translate("", "", b, (i,), {"m": {"backend": "transformers"}}) for i in range(1, 5) for b in blocks]
     assert all(len(piece) == 1 for piece in pieces(works, 16, 1))
+    short = [work for work in works if len(work.block) == 4]  # a race's last look
+    assert all(len(piece) == 1 for piece in pieces(short, 16, 1, block=16))
     even = pieces(works, 80, 2, lambda work: len(work.block))
     assert [sum(len(work.block) for work in piece) for piece in even] == [40, 40], "one for each worker"
 

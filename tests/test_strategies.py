@@ -50,6 +50,12 @@ class Table:
     def importance(self, criterion: str, base: Removed, layers: Sequence[int]) -> dict[int, float]:
         return {layer: self.losses[layer] for layer in layers}
 
+    def healed(self, candidates: Sequence[Removed]) -> dict[Removed, np.ndarray]:
+        """Here a heal changes nothing."""
+        blocks = range(len(self.sizes))
+        self.measure([(removed, block) for removed in candidates for block in blocks])
+        return {removed: np.concatenate([self.rows(removed, block) for block in blocks]) for removed in candidates}
+
     def noise(self) -> float | None:
         return self._noise
 
@@ -152,14 +158,31 @@ def test_looks() -> None:
     assert looks(8) == [1, 2, 3, 5, 8] and looks(1) == [1] and looks(9, turn=2) == [2, 4, 6, 9]
 
 
-def test_influence_is_the_delta_method() -> None:
-    """Standard error of a ratio of means, against its textbook formula."""
+def test_influence_is_the_jackknife() -> None:
+    """Of a ratio of means, against its textbook formula."""
     random = np.random.default_rng(0)
     counts = random.integers(1, 9, 400).astype(float)
     sums = counts * random.normal(-2, 0.5, 400)
     ratio = sums.sum() / counts.sum()
     expected = (sums - ratio * counts) / counts.mean()
-    assert np.allclose(influence(MEAN.score, np.stack([sums, counts], axis=1)), expected, atol=1e-4)
+    found = influence(MEAN.score, np.stack([sums, counts], axis=1))
+    assert np.allclose(found, expected, atol=1e-2) and abs(found.mean()) < 1e-9
+    assert found.std() == pytest.approx(expected.std(), rel=2e-3)
+
+
+def test_a_score_that_is_smoothed_is_taken_at_its_real_sums() -> None:
+    """BLEU without a single 4-gram in common depends on how many there might have been, not on shares alone."""
+    bleu = Objective.of({"BLEU": 1.0}, ["xx-yy"])
+    random = np.random.default_rng(0)
+    words = ["ka", "lo", "mi", "nu", "pe", "ra"]
+    texts = [[" ".join(random.choice(words, 7)) for _ in range(24)] for _ in range(2)]
+    rows = bleu.metric("BLEU", "xx-yy").statistics(*texts)
+    rows[:, 5] = 0  # matching 4-grams
+    draws = random.multinomial(24, np.full(24, 1 / 24), size=2000) @ rows
+    spread = np.std([bleu.score(totals) for totals in draws])
+    error = influence(bleu.score, rows).std(ddof=1) / np.sqrt(24)
+    assert spread > 0.2
+    assert error == pytest.approx(spread, rel=0.25)
 
 
 def test_sleb_goes_by_the_likelihood() -> None:
@@ -184,8 +207,23 @@ def test_floor_is_told_and_the_likelihood_takes_over() -> None:
     other = run(Table(additive(costs), noise=20.0, losses=losses), 6, 1, floor="likelihood").rounds[0]
     assert other.removed == (2,) and other.facts["floor"]["decided_by"] == "likelihood"
     assert other.candidates[1].score is not None and other.candidates[1].importance == 1.0
+    for floor in ("heal", "likelihood"):
+        healing = Table(additive(costs), noise=20.0, losses=losses)
+        healed = run(healing, 6, 1, floor=floor, heal_best=2).rounds[0]
+        assert healed.facts["floor"]["decided_by"] == "a short heal of the likeliest"
+        assert [tuple(one["removed"]) for one in healed.facts["healed"]] == [(3,), (2,)], "the two likeliest"
+    assert run(Table(additive(costs), noise=20.0), 6, 1, heal_best=2).rounds[0].removed == (3,)
     high = run(Table(additive(costs), noise=1.0, losses=losses), 6, 1, floor="likelihood").rounds[0]
     assert high.removed == (3,) and "floor" not in high.facts
+
+
+def test_no_move_is_made_on_noise() -> None:
+    costs = [0, 90, 91, 92, 93, 0]
+    losses = {1: 4.0, 2: 3.0, 3: 2.0, 4: 1.0}
+    table = Table(additive(costs), noise=20.0, losses=losses)
+    search = run(table, 6, 1, floor="likelihood", swaps=2)
+    assert search.rounds[-1].gone == (4,), "layer 1 costs less, but both are noise"
+    assert run(Table(additive(costs), losses=losses), 6, 1, strategy="sleb", swaps=2).rounds[-1].gone == (1,)
 
 
 def joint(removed: frozenset[int], i: int) -> float:
@@ -252,6 +290,9 @@ def test_targets_in_parameters_bytes_and_latency() -> None:
         target(parameters=100).check()
     with pytest.raises(UserError, match=r"search.bytes: 400 is no less than the whole model's 360"):
         target(bytes=400).check()
+    whole = Target(4, frozenset(), costs=costs, parameters=105)
+    with pytest.raises(UserError, match="still 110"):  # one layer must stay, the smallest
+        whole.check()
 
 
 def test_more_layers_than_there_are() -> None:

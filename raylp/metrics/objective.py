@@ -21,7 +21,6 @@ from raylp.metrics.ngram import NAMES, Metric, Statistics, mean_of, metric
 from raylp.metrics.registry import check as check_metric
 from raylp.metrics.registry import full_name, open_metric, short_name
 
-SCALE, STEP = 1e9, 1e-4  # of the finite differences behind `influence`
 FORCED = ("likelihood", "agreement")
 
 
@@ -247,18 +246,14 @@ def columns_of(name: str) -> int:
 
 
 def influence(score: Callable[[Any], float], rows: Statistics) -> Statistics:
-    """(sentences,): how far each sentence's row moves the score of them all, to first order (the delta method).
+    """(sentences,): how far each sentence's row moves the score of them all: (n - 1) x (all - all but this), centred.
 
-    `score` depends on the proportions of its sums only, as ratios and means do. The influences' mean is 0; their
-    standard deviation over the square root of n estimates the score's standard error.
+    Their standard deviation over the square root of n is the jackknife's standard error. Taken at the real sums, as
+    some scores do not depend on proportions alone: BLEU smooths a count of zero by how many there might have been.
     """
-    mean = rows.mean(0)
-    totals = SCALE * mean  # counts stay counts: some metrics take whole numbers
-    gradient = np.zeros(len(mean))
-    for column, value in enumerate(totals):
-        step = STEP * max(abs(value), SCALE * STEP)
-        up, down = totals.copy(), totals.copy()
-        up[column] += step
-        down[column] -= step if value else 0.0
-        gradient[column] = (score(up) - score(down)) / (up[column] - down[column])
-    return (rows - mean) @ (SCALE * gradient)
+    n = len(rows)
+    if n < 2:
+        return np.zeros(n)
+    totals = rows.sum(0)
+    moved = (n - 1) * (score(totals) - np.array([score(totals - row) for row in rows]))
+    return moved - moved.mean()

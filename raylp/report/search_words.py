@@ -88,11 +88,17 @@ def floor_sentences(plan: Plan, digits: int) -> list[str]:
     ]
     found = at_the_floor(plan)
     likely = [round_.number for round_ in found if round_.by_importance]
-    rest = [round_.number for round_ in found if not round_.by_importance]
+    by_heal = [r.number for r in found if r.floor and r.floor.decided_by.startswith("a short heal")]
+    rest = [r.number for r in found if not r.by_importance and r.number not in by_heal]
     if likely:
         text.append(
             f"In {rounds_named(likely)} no candidate was better than that, so {objective} could not tell them apart: "
             f"{'it was' if len(likely) == 1 else 'they were'} decided by the likelihood of the references."
+        )
+    if by_heal:
+        text.append(
+            f"In {rounds_named(by_heal)} no candidate was better than that: the likeliest were healed for a few steps, "
+            f"and the best of them taken."
         )
     if rest:
         text.append(

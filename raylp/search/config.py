@@ -94,6 +94,8 @@ class Search(Section):
             raise ValueError("beam and per_round do not go together: set one of them")
         if self.strategy == "oneshot" and (self.beam > 1 or self.per_round > 1):
             raise ValueError("oneshot decides once: beam and per_round are for the other strategies")
+        if self.swaps and self.max_loss is not None:
+            raise ValueError("swaps are moves at a fixed size, which max_loss does not set: leave one of them out")
         if self.strategy in ("sleb", "oneshot") and self.short_heal is not None:
             raise ValueError("short_heal chooses among the best by the objective: use strategy race or exhaustive")
         forced = [name for name in self.objective if name in FORCED]

@@ -112,7 +112,7 @@ class LedgerEvaluator:
 
     def importance(self, criterion: str, base: Removed, layers: Sequence[int]) -> dict[int, float]:
         if criterion == "perplexity":
-            return self.likelihood(base, layers)
+            return {layer: float(np.exp(loss)) for layer, loss in self.likelihood(base, layers).items()}
         everything = "+".join(block.hash for block in self.blocks)
         name = f"{criterion}|{self.seed}|{','.join(map(str, layers))}"
         facts = score_facts(self.model, base, everything, name, "transformers", self.dtype, "forced")

@@ -1,9 +1,9 @@
 """Teacher-forced scores of a model without some of its layers, and of every next layer by an exact prefix sweep.
 
-The target is given, and one forward pass tells how likely every token of it was: a hundred times cheaper than
-translating. To try every layer, the states before layer i are computed once and shared: the candidate without i runs
-the layers after i only, then the states advance by layer i. Every layer sees the same numbers in the same shapes as in
-a pass of its own, so in one process the rows are those of the plain way, bit for bit.
+The target is given, and one forward pass tells how likely every token of it was: cheaper than translating. To try
+every layer, the states before layer i are computed once and shared: the candidate without i runs the layers after i
+only, then the states advance by layer i. Every layer sees the same numbers in the same shapes as in a pass of its own,
+so in one process the rows are those of the plain way, bit for bit.
 
 Pure torch and transformers: nothing here knows of workers.
 """

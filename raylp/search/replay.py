@@ -150,10 +150,18 @@ def replay(
                 sum((totals[best] - totals[c]) * count for c, count in chosen.items()) / times,
                 sentences / times,
                 len(rows) * recording.sentences,
-                {candidates[c][-1]: count for c, count in sorted(chosen.items(), key=lambda item: -item[1])},
+                _by_layer(candidates, chosen),
             )
         )
     return found
+
+
+def _by_layer(candidates: Sequence[Removed], chosen: dict[int, int]) -> dict[int, int]:
+    """How often each layer was the one taken, most often first; a beam's candidates may end in the same one."""
+    counts: dict[int, int] = {}
+    for c, count in chosen.items():
+        counts[candidates[c][-1]] = counts.get(candidates[c][-1], 0) + count
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def ties(objective: Objective, rows: Sequence[Statistics], best: int) -> set[int]:

@@ -149,7 +149,7 @@ def make_evaluator(
     rows = batch_size_of(context.recipe.resources, layout)
 
     def compute(works: list[Work]) -> Iterable[tuple[Work, list[dict[str, Any]]]]:
-        together = pieces(works, rows, layout.workers, evaluator.expected)
+        together = pieces(works, rows, layout.workers, evaluator.expected, section.block)
         submit = lambda worker, piece: worker.do_together.remote(piece)  # noqa: E731
         for piece, lines in pool.run(together, submit, task, lambda piece: sum(map(evaluator.expected, piece))):
             yield from zip(piece, lines, strict=True)
@@ -193,7 +193,7 @@ def heals_on(context: Context, tokenizer: Any) -> list[Example]:
 
 
 def pinned_backend(context: Context, pool: Pool, task: Task, blocks: Sequence[Block], dtype: str) -> str:
-    """The recipe's backend; for `auto` the quicker of both, timed once for a run and noted in backend.json."""
+    """The recipe's backend; for `auto` the quicker of both, timed once for a run and noted in search.json."""
     section = context.recipe.search
     assert section is not None
     if section.backend != "auto":

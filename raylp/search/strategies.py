@@ -166,32 +166,33 @@ class Search:
             return self._by_likelihood(candidates, keep)
         best_few = max(keep, self.options.heal_best)
         choice = self._by_objective(candidates, min(best_few, len(candidates)))
+        noise = self.evaluator.noise()
+        best = self._above(choice, noise) if noise is not None else None
+        if noise is not None and best is not None:
+            choice.facts["floor"] = {"noise": noise, "best": best, "decided_by": "the objective all the same"}
+            self.on_look({"noise": noise, "best": best})
+            if self.options.floor != "keep":
+                return self._by_the_floor(choice, candidates, keep)
         if self.options.heal_best:
             return self._by_healing(choice, keep)
         choice.winners = choice.winners[:keep]
-        noise = self.evaluator.noise()
-        best = self._above(choice, noise) if noise is not None else None
-        if noise is None or best is None:
-            return choice
-        facts = {**choice.facts, "floor": {"noise": noise, "best": best, "decided_by": "the objective all the same"}}
-        self.on_look({"noise": noise, "best": best})
-        if self.options.floor == "likelihood":
-            instead = self._by_likelihood(candidates, keep)
-            losses = {c.removed: c.importance for c in instead.records}
-            records = [
-                Candidate(c.removed, c.score, c.sentences, c.dropped_at, c.bound, losses[c.removed])
-                for c in choice.records
-            ]
-            facts["floor"]["decided_by"] = "likelihood"
-            return Choice(instead.winners, records, facts)
-        if self.options.floor == "heal":
-            few = self._by_likelihood(candidates, min(max(keep, self.options.heal_on_floor), len(candidates)))
-            choice.winners = few.winners
-            facts["floor"]["decided_by"] = "a short heal of the likeliest"
-            choice.facts = facts
-            return self._by_healing(choice, keep)
-        choice.facts = facts
         return choice
+
+    def _by_the_floor(self, choice: Choice, candidates: list[Removed], keep: int) -> Choice:
+        """The best where no candidate is better than noise: the likeliest, or the best of them after a short heal."""
+        floor = choice.facts["floor"]
+        if self.options.floor == "heal" or self.options.heal_best:
+            count = max(keep, self.options.heal_best or self.options.heal_on_floor)
+            choice.winners = self._by_likelihood(candidates, min(count, len(candidates))).winners
+            floor["decided_by"] = "a short heal of the likeliest"
+            return self._by_healing(choice, keep)
+        instead = self._by_likelihood(candidates, keep)
+        losses = {c.removed: c.importance for c in instead.records}
+        floor["decided_by"] = "likelihood"
+        records = [
+            Candidate(c.removed, c.score, c.sentences, c.dropped_at, c.bound, losses[c.removed]) for c in choice.records
+        ]
+        return Choice(instead.winners, records, choice.facts)
 
     def _above(self, choice: Choice, noise: float) -> float | None:
         """None where the winner is better than noise, else its score on all sentences."""
@@ -334,7 +335,7 @@ class Search:
     # --- refine ---
 
     def _swap(self) -> None:
-        """Puts a removed layer back and takes another, while that helps on all sentences."""
+        """Puts a removed layer back and takes another, while that helps on all sentences, and is no noise."""
         free = self.target.free
         for _ in range(self.options.swaps):
             before = self.evaluator.spent()
@@ -352,7 +353,8 @@ class Search:
             choice = self._by_objective(moves, 1)
             best = choice.winners[0]
             score = self.full_score(best)
-            helps = score.value > now.value
+            noise = self.evaluator.noise()
+            helps = score.value > now.value and (noise is None or score.value > noise)
             facts = {**choice.facts, "move": "swap", **self._cost(before)}
             if not helps:
                 self._file(gone, gone, now, choice.records, facts)

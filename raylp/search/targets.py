@@ -70,6 +70,13 @@ class Target:
         left = rest + sum(value for layer, value in enumerate(each) if layer not in gone)
         return left / (rest + sum(each)) if kind == "latency" else left
 
+    def _most_that_go(self, kind: str) -> tuple[int, ...]:
+        """The free layers, but for the smallest where nothing else would stay."""
+        free = tuple(self.free)
+        if self.protected:
+            return free
+        return min((tuple(i for i in free if i != kept) for kept in free), key=lambda gone: self.size(kind, gone))
+
     def check(self) -> None:
         """
         Raises:
@@ -93,7 +100,7 @@ class Target:
             limit = getattr(self, kind)
             if limit is None:
                 continue
-            least, whole = self.size(kind, self.free), self.size(kind, ())
+            least, whole = self.size(kind, self._most_that_go(kind)), self.size(kind, ())
             if limit >= whole:
                 raise UserError(f"search.{kind}: {limit:g} is no less than the whole model's {whole:g}; lower it")
             if limit < least:

@@ -124,19 +124,23 @@ Work = Translate | HealAndTranslate | Force | Weigh
 
 
 def pieces(
-    works: Sequence[Work], rows: int, workers: int, cost: Callable[[Translate], float] = lambda work: work.cost
+    works: Sequence[Work],
+    rows: int,
+    workers: int,
+    cost: Callable[[Translate], float] = lambda work: work.cost,
+    block: int | None = None,
 ) -> list[Sequence[Work]]:
     """Which translations are made together: at most `rows` sentences, and as many pieces for each worker.
 
     Views of a transformers model share batches within a language pair, whose prompts begin alike; vLLM translates with
     one view at a time. Other work is a piece by itself. By what they should `cost`, translations are dealt out evenly
     where every worker gets one piece; where it gets several, those of like cost go together, as a batch lasts for its
-    longest row. With no more `rows` than a block has, every translation is a piece by itself.
+    longest row. With no more `rows` than a `block` has (default: the largest here), every translation is one by itself.
     """
     found: list[Sequence[Work]] = [[work] for work in works if not isinstance(work, Translate)]
     translations = [work for work in works if isinstance(work, Translate)]
     sizes = [len(work.block) for work in translations]
-    if rows <= max(sizes, default=0):
+    if rows <= (block or max(sizes, default=0)):
         return [*found, *([work] for work in translations)]
     groups: dict[Any, list[Translate]] = {}
     for work in sorted(translations, key=cost, reverse=True):  # what is equally long stays in the order given
