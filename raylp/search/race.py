@@ -6,7 +6,7 @@ what is to be known is the difference on all N sentences of the search, not on s
 its standard error is s * sqrt(1/m - 1/N), s being the deviation of single sentences' differences (`influence`).
 
 A candidate is dropped when, at the stated risk, it is not better than the leader by more than a tie on the N sentences;
-a tie is a difference whose 95% interval, 1.96 s / sqrt(N) to both sides, holds zero. The risk is shared out evenly over
+a tie is a difference whose 84% interval, 1.4 s / sqrt(N) to both sides, holds zero. The risk is shared out evenly over
 candidates and looks (Bonferroni), so that all droppings of a round are right with a probability of at least 1 - risk,
 as far as sums of sentences are normal. On all N sentences only the order counts. Not covered: a candidate may be a tie
 of a leader that is later dropped as a tie of another; of two pairs of unequal size the larger is seen more slowly.
@@ -22,7 +22,9 @@ import numpy as np
 from raylp.metrics.ngram import Statistics
 from raylp.metrics.objective import influence
 
-TIE = 1.96
+# With 1.96, the usual 95% interval, a race costs a tenth less, but takes another layer than the best three times as
+# often; and a tie that is taken leads the rounds after it elsewhere.
+TIE = 1.4
 GROWTH = 1.5
 
 
