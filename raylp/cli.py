@@ -99,6 +99,15 @@ def prune(
 
 
 @app.command()
+def repair(recipe: RecipeArgument, overrides: SetOption = []) -> None:
+    """Mend the pruned models without training: the recipe's repair.methods.
+
+    Example: `raylp repair recipes/demo.yaml --set 'repair.methods=[compensate, merge]'`
+    """
+    _run(recipe, overrides, "repair")
+
+
+@app.command()
 def distill(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Translate the training sources with the teacher, and filter.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from raylp.data.corpus import Pair
 from raylp.data.prompt import Prompt
+from raylp.names import CUT_KINDS, kind_of
 from raylp.progress import Reporter
 from raylp.recipe import Recipe
 from raylp.rundir import RunDir
@@ -46,8 +47,8 @@ class Context:
         if self.baseline != self.original:
             found["original"] = self.original
         names = self.rundir.names("models")
-        for kind in ("pruned-", "healed-", "baseline-healed"):
+        for kind in (*CUT_KINDS, "baseline-healed"):
             for name in names:
-                if name.startswith(kind) and self.rundir.complete(f"models/{name}"):
+                if kind_of(name) == kind and self.rundir.complete(f"models/{name}"):
                     found[name] = self.rundir.local(f"models/{name}")
         return found

@@ -19,7 +19,16 @@ from raylp.search.targets import most_evaluations, target_of
 
 TIMED_SENTENCES = 64  # about as many as are translated at once
 TRAINING_OVER_GENERATION = 0.75  # a token learned to one generated: 0.6 on two cores with batches of 8
-START_S = {"search": 15, "prune": 20, "distill": 60, "adapt": 60, "heal": 120, "evaluate": 20, "bench": 120}
+START_S = {
+    "search": 15,
+    "prune": 20,
+    "repair": 30,
+    "distill": 60,
+    "adapt": 60,
+    "heal": 120,
+    "evaluate": 20,
+    "bench": 120,
+}
 
 
 def dry_run(recipe: Recipe, out: TextIO) -> dict[str, dict[str, Any]]:
@@ -63,7 +72,8 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     per_sentence = measured["tokens_per_sentence"]
     bound = measured["bound_per_sentence"]
     depths = max(1, len(recipe.search.depths)) if recipe.search is not None else 0
-    models = 1 + depths + (recipe.heal is not None) * (depths + 1)
+    repaired = depths * len(recipe.repair.methods) if recipe.repair is not None else 0
+    models = 1 + depths + repaired + (recipe.heal is not None) * (depths + 1)
     rows: dict[str, dict[str, Any]] = {}
     for stage in wanted_stages(recipe):
         evaluations = sentences = 0

@@ -23,6 +23,7 @@ from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
+from raylp.names import REPAIRED, kind_of
 from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
@@ -62,15 +63,25 @@ def _heals(*when: str) -> Callable[[Recipe], bool]:
     return lambda recipe: recipe.heal is not None and recipe.heal.when in when
 
 
-MODELS = ("adapt", "prune", "heal")
+def _repairs(recipe: Recipe) -> bool:
+    return recipe.repair is not None and recipe.search is not None
+
+
+MODELS = ("adapt", "prune", "repair", "heal")
 
 STAGES = (
     Stage("adapt", ("heal",), (), ("train",), _late("raylp.heal.stage", "adapt"), _heals("before", "both")),
     Stage("search", ("search",), ("adapt",), ("search",), _late("raylp.search.stage", "search"), _has("search")),
     Stage("prune", (), ("search",), (), _late("raylp.search.prune", "prune"), _has("search")),
+    Stage("repair", ("repair",), ("prune",), ("train",), _late("raylp.repair.stage", "repair"), _repairs),
     Stage("distill", ("distill",), ("adapt",), ("train",), _late("raylp.distill.stage", "distill"), _has("distill")),
     Stage(
-        "heal", ("heal",), ("prune", "distill"), ("train",), _late("raylp.heal.stage", "heal"), _heals("after", "both")
+        "heal",
+        ("heal",),
+        ("prune", "repair", "distill"),
+        ("train",),
+        _late("raylp.heal.stage", "heal"),
+        _heals("after", "both"),
     ),
     Stage("evaluate", ("evaluate",), MODELS, ("test",), _late("raylp.evaluate.stage", "evaluate"), _has("evaluate")),
     Stage("bench", ("bench", "serve"), MODELS, ("test",), _late("raylp.bench.stage", "bench"), _has("bench")),
@@ -247,8 +258,9 @@ def outputs_there(context: Context, stage: str) -> bool:
     names = rundir.names("models")
     models = {
         "adapt": ["adapted"],
-        "prune": [name for name in names if name.startswith("pruned-")] or ["pruned"],
-        "heal": [*([name for name in names if name.startswith("healed-")] or ["healed"]), "baseline-healed"],
+        "prune": [name for name in names if kind_of(name) == "pruned"] or ["pruned"],
+        "repair": [name for name in names if kind_of(name) in REPAIRED.values()] or ["repaired"],
+        "heal": [*([name for name in names if kind_of(name) == "healed"] or ["healed"]), "baseline-healed"],
     }
     files = {"search": "plan.json", "evaluate": "evaluate.json", "bench": "bench.json"}
     if stage in models:
@@ -332,7 +344,7 @@ def needed_disk(context: Context) -> int:
     size = count_parameters(context.original)[1]
     copies = 0
     if context.recipe.search is not None:
-        copies += 1
+        copies += 1 + (len(context.recipe.repair.methods) if context.recipe.repair is not None else 0)
     if context.recipe.heal is not None:
         copies += {"after": 2, "before": 1, "both": 3}[context.recipe.heal.when]
     there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))

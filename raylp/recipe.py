@@ -14,6 +14,8 @@ from raylp.distill.config import Distill
 from raylp.errors import UserError
 from raylp.evaluate.config import Evaluate
 from raylp.heal.config import Heal
+from raylp.names import REPAIRED
+from raylp.repair.config import Repair
 from raylp.search.config import Search
 from raylp.serve.config import Serve
 
@@ -112,6 +114,7 @@ class Recipe(Section):
     data: dict[str, Corpus] = Field(min_length=1)
     prompt: PromptSection = PromptSection()
     search: Search | None = None
+    repair: Repair | None = None
     distill: Distill | None = None
     heal: Heal | None = None
     evaluate: Evaluate | None = None
@@ -131,8 +134,16 @@ class Recipe(Section):
             value = {key: entry for key, entry in {**value, **filled}.items() if entry is not False}
         return value
 
+    @model_validator(mode="after")
+    def _heals_what_is_there(self) -> "Recipe":
+        start = self.heal.start if self.heal is not None else "pruned"
+        made = ["pruned", *(REPAIRED[method] for method in (self.repair.methods if self.repair else ()))]
+        if start not in made:
+            method = next(method for method, kind in REPAIRED.items() if kind == start)
+            raise ValueError(f"heal.start: {start} needs repair.methods to name {method!r}")
+        return self
 
-_EMPTY_STAGES = ("search", "distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
+_EMPTY_STAGES = ("search", "repair", "distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -17,6 +17,7 @@ from raylp.metrics import ngram
 from raylp.metrics.intervals import Score, paired_difference, score_with_interval
 from raylp.metrics.ngram import Scored, Statistics
 from raylp.metrics.objective import Mean
+from raylp.names import CUT_KINDS, kind_of
 from raylp.rundir import RunDir
 
 
@@ -73,7 +74,7 @@ def find_entrant(name: str) -> Entrant:
 
 
 def _removed(rundir: RunDir, model: str, layers: int) -> tuple[int, ...]:
-    if not model.startswith(("healed-", "pruned-")) or not rundir.exists("plan.json"):
+    if kind_of(model) not in CUT_KINDS or not rundir.exists("plan.json"):
         return ()
     plan = rundir.read_json("plan.json")
     depths = {depth["layers"]: depth["removed"] for depth in plan.get("depths") or []}

@@ -14,6 +14,7 @@ from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
+from raylp.names import REPAIRED, kind_of
 from raylp.progress import Task
 
 BLOCK = 16  # sentences of a file of unfinished work
@@ -95,9 +96,12 @@ def _values(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparisons(names: list[str]) -> list[tuple[str, str]]:
-    """(a, b) for every difference worth stating: healed and pruned models against the unpruned ones."""
+    """(a, b) for every difference worth stating: healed, repaired and pruned models against the unpruned ones."""
     pairs = [(a, b) for a in names if a.startswith("healed-") for b in ("baseline-healed", "baseline")]
-    pairs += [(a, "baseline") for a in names if a.startswith("pruned-")]
+    for a in names:
+        if kind_of(a) in REPAIRED.values():
+            pairs += [(a, a.replace(kind_of(a), "pruned")), (a, "baseline")]
+    pairs += [(a, "baseline") for a in names if kind_of(a) == "pruned"]
     pairs += [("baseline-healed", "baseline"), ("baseline", "original")]
     return [(a, b) for a, b in pairs if a in names and b in names]
 

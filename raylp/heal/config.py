@@ -17,6 +17,7 @@ class Lora(Section):
 
 class Heal(Section):
     """`when`: `after` pruning, `before` it (adapts the baseline), or `both`. `data`: what to learn from.
+    `start`: what is healed, the models as pruned or as a method of `repair` left them.
 
     `method`: `lora` adapters, merged afterwards, or `full`: all of the decoder but its embeddings and output layer,
     which stay as they are. `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its
@@ -27,6 +28,7 @@ class Heal(Section):
     """
 
     when: Literal["after", "before", "both"] = "after"
+    start: Literal["pruned", "compensated", "merged", "concatenated"] = "pruned"
     method: Literal["lora", "full"] = "lora"
     data: Literal["authentic", "teacher", "both"] = "both"
     lora: Lora = Lora()

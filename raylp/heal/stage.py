@@ -24,6 +24,7 @@ from raylp.heal.loop import train as train_loop
 from raylp.models.checkpoint import card_for, read_card
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
+from raylp.names import kind_of
 from raylp.progress import Task
 
 WORK = ".work/heal"
@@ -63,23 +64,25 @@ class Board:
 
 
 def heal(context: Context) -> dict[str, Any]:
-    """Heals the pruned model to `healed-N`, and the baseline in the same way to `baseline-healed`.
+    """Heals the pruned (or repaired) model to `healed-N`, and the baseline in the same way to `baseline-healed`.
 
     Both learn the same examples in the same order: what remains between them is the layers.
 
     Raises:
         UserError: there is no pruned model or no data yet, or training failed.
     """
-    _section(context)
-    names = [name for name in context.models() if name.startswith("pruned-")]
+    start = _section(context).start
+    names = [name for name in context.models() if kind_of(name) == start]
     if not names:
-        raise UserError("heal: there is no pruned model in the run directory; run 'raylp prune' first", 1)
+        verb = "prune" if start == "pruned" else "repair"
+        raise UserError(f"heal: there is no {start} model in the run directory; run 'raylp {verb}' first", 1)
     done = {}
     for name in names:
-        healed = name.replace("pruned-", "healed-")
+        healed = name.replace(f"{start}-", "healed-")
         source = context.rundir.local(f"models/{name}")
         removed = (read_card(source) or {}).get("removed", [])
-        done[healed] = heal_model(context, source, healed, "after pruning", removed)
+        purpose = "after pruning" if start == "pruned" else f"{start} after pruning"
+        done[healed] = heal_model(context, source, healed, purpose, removed)
     done["baseline-healed"] = heal_model(context, context.baseline, "baseline-healed", "as the pruned model", [])
     return done
 

@@ -324,6 +324,9 @@ def descriptions(contents: Contents) -> list[tuple[str, str]]:
         "original": "the model as it came, neither fine-tuned nor pruned",
         "baseline-healed": "no layer removed, healed on the same data in the same way as the pruned one",
         "pruned": "layers removed, not trained afterwards",
+        "compensated": "layers removed, those behind them scaled to the smaller stream (Prune&Comp)",
+        "merged": "layers removed, their differences added to a neighbour (LaCo)",
+        "concatenated": "layers removed, their most important channels put into a neighbour (CoMe)",
         "healed": "layers removed, then healed",
     }
     return [(model.name, known[model.kind]) for model in contents.models if model.kind in known]

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from raylp.errors import UserError
+from raylp.names import kind_of
 from raylp.rundir import RunDir
 
-STAGE_NAMES = ("adapt", "search", "prune", "distill", "heal", "evaluate", "bench")
+STAGE_NAMES = ("adapt", "search", "prune", "repair", "distill", "heal", "evaluate", "bench")
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,7 @@ class Model:
     @property
     def kind(self) -> str:
         """`pruned-15` is `pruned`, `baseline-healed` is itself."""
-        stem, _, tail = self.name.rpartition("-")
-        return stem if stem and tail.isdigit() else self.name
+        return kind_of(self.name)
 
     def score(self, test_set: str, metric: str) -> Stat | None:
         return self.scores.get(test_set, {}).get(metric)

@@ -31,6 +31,9 @@ STYLES = {
     "baseline-healed": ("#3465a4", "D"),
     "pruned": ("#d97b29", "^"),
     "healed": ("#0f7f6f", "o"),
+    "compensated": ("#8b5fbf", "v"),
+    "merged": ("#b0506d", "P"),
+    "concatenated": ("#6b8e23", "X"),
 }
 # Who is set against whom: lines in the plot of quality join these.
 FAMILIES = {"baseline": "pruned", "pruned": "pruned", "baseline-healed": "healed", "healed": "healed"}

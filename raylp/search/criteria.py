@@ -51,9 +51,9 @@ def block_influence(scorer: ForcedScorer, removed: Sequence[int] = ()) -> Import
 
     def see(batch: Batch, layer: int, before: Any, after: Any) -> None:
         cosines = torch.cosine_similarity(before.double(), after.double(), dim=-1)
-        sums[layer] += float(cosines[_real(batch)].sum())
+        sums[layer] += float(cosines[real(batch)].sum())
 
-    _walk(scorer, removed, see)
+    walk(scorer, removed, see)
     return {layer: 1 - total / _num_real(scorer) for layer, total in sums.items()}
 
 
@@ -85,7 +85,7 @@ def angular_blocks(scorer: ForcedScorer, removed: Sequence[int], size: int) -> I
             states[0].append(before[rows, batch.ends].double())
         states[place + 1].append(after[rows, batch.ends].double())
 
-    _walk(scorer, removed, see)
+    walk(scorer, removed, see)
     ends = [torch.cat(parts) for parts in states]
     found = {}
     for place in range(len(alive) - size + 1):
@@ -114,22 +114,22 @@ def ifr(scorer: ForcedScorer, removed: Sequence[int] = ()) -> Importance:
 
     def see(batch: Batch, layer: int, before: Any, after: Any) -> None:
         if layer not in chosen:
-            chosen[layer] = _branches(parts[layer], before, after)
+            chosen[layer] = branches(parts[layer], before, after)
         first, second = (parts[layer][name].reshape(before.shape).double() for name in chosen[layer])
         parts[layer].clear()
         stream = before.double()
         shares = _share(first, stream) + _share(second, stream + first)
-        sums[layer] += float(shares[_real(batch)].sum())
+        sums[layer] += float(shares[real(batch)].sum())
 
     with ExitStack() as hooks:
         for layer in alive:
             for name, part in scorer.layers[layer].named_children():
                 hooks.callback(part.register_forward_hook(partial(note, layer, name)).remove)
-        _walk(scorer, removed, see)
+        walk(scorer, removed, see)
     return {layer: total / _num_real(scorer) for layer, total in sums.items()}
 
 
-def _branches(parts: dict[str, Any], before: Any, after: Any) -> tuple[str, str]:
+def branches(parts: dict[str, Any], before: Any, after: Any) -> tuple[str, str]:
     """The two parts of a layer whose outputs, added to its input, are its output: attention's and the MLP's, in order.
 
     That holds for branches one after the other or side by side, with or without norms behind them.
@@ -144,7 +144,9 @@ def _branches(parts: dict[str, Any], before: Any, after: Any) -> tuple[str, str]
             errors[first, second] = float((before + both - after).norm() / after.norm())
     best = min(errors, key=lambda pair: errors[pair], default=None)
     if best is None or errors[best] > 4 * torch.finfo(before.dtype).eps:
-        raise UserError("criterion ifr: this model's layers do not add attention and MLP to their input; take another")
+        raise UserError(
+            "this model's layers do not add attention and MLP to their input: take another criterion or repair"
+        )
     return best
 
 
@@ -161,7 +163,7 @@ def _share(addition: Any, stream: Any) -> Any:
     return torch.where(written > 0, written / (written + kept), 0.0)
 
 
-def _walk(scorer: ForcedScorer, removed: Sequence[int], see: Callable[[Batch, int, Any, Any], None]) -> None:
+def walk(scorer: ForcedScorer, removed: Sequence[int], see: Callable[[Batch, int, Any, Any], None]) -> None:
     """One pass over all examples; `see(batch, layer, input, output)` for each layer left."""
     import torch
 
@@ -172,7 +174,7 @@ def _walk(scorer: ForcedScorer, removed: Sequence[int], see: Callable[[Batch, in
                 scorer.model.base_model(input_ids=batch.tokens, use_cache=False)
 
 
-def _real(batch: Batch) -> Any:
+def real(batch: Batch) -> Any:
     """(rows, length): where tokens are no padding."""
     import torch
 
@@ -180,7 +182,7 @@ def _real(batch: Batch) -> Any:
 
 
 def _num_real(scorer: ForcedScorer) -> int:
-    return sum(int(_real(batch).sum()) for batch in scorer.batches)
+    return sum(int(real(batch).sum()) for batch in scorer.batches)
 
 
 # --- from the weights and the gradient of the loss ---

@@ -24,6 +24,7 @@ from raylp.errors import UserError
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options, kv_cache_bytes
 from raylp.models.checkpoint import count_parameters
 from raylp.models.load import max_positions, read_config
+from raylp.names import CUT_KINDS
 from raylp.serve.config import Serve
 
 APP = "raylp"
@@ -78,7 +79,7 @@ def usage(context: Context, url: str, names: Sequence[str]) -> str:
 
 
 def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: str) -> dict[str, Path]:
-    """The models called `wanted`, in that order; all for None. `healed` and `pruned` mean the run's one of the kind.
+    """The models called `wanted`, in that order; all for None. `healed`, `pruned` and the like mean the run's one.
 
     Raises:
         UserError: the run has no such model; `key` is the place in the recipe.
@@ -89,7 +90,7 @@ def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: 
     for name in wanted:
         # The latest of a kind is the one with the fewest layers.
         kind = sorted((n for n in there if n.startswith(f"{name}-")), key=lambda n: (len(n), n))
-        found = name if name in there else kind[0] if name in ("healed", "pruned") and kind else None
+        found = name if name in there else kind[0] if name in CUT_KINDS and kind else None
         if found is None:
             raise UserError(f"{key}: the run has no model {name!r}; it has {', '.join(there)}")
         chosen[found] = there[found]

@@ -1,0 +1,1 @@
+"""Mending what removed layers leave behind, without training."""

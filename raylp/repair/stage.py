@@ -1,0 +1,75 @@
+"""The stage that mends the pruned models without training: a checkpoint for each method and depth."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from raylp.context import Context
+from raylp.data.corpus import Pair
+from raylp.data.prompt import Prompt
+from raylp.data.tokens import examples_of
+from raylp.errors import UserError
+from raylp.models.checkpoint import read_card
+from raylp.models.load import load_model, load_tokenizer, stored_dtype
+from raylp.names import REPAIRED
+from raylp.repair.config import Repair
+from raylp.search.prune import make_models, save_and_prove
+
+
+def repair(context: Context) -> dict[str, Any]:
+    """Writes models/compensated-N, merged-N and concatenated-N, as the recipe's methods say.
+
+    Raises:
+        UserError: a method does not know how the model is built.
+    """
+    section = context.recipe.repair
+    if section is None:
+        raise UserError("the recipe has no repair section: add 'repair: {methods: [compensate]}'")
+    shown = {source for examples in context.prompt.examples.values() for source, _ in examples}
+    pairs = [pair for pair in context.splits.train if pair.source not in shown][: section.sentences]
+    made = []
+    for method in section.methods:
+        facts: dict[str, Any] = {"method": method, "sentences": len(pairs)}
+        if method == "merge":
+            facts["merge_above"] = section.merge_above
+        for model in make_models(context, REPAIRED[method], mend_and_prove, {"repair": facts}, section, pairs):
+            card = read_card(context.rundir.local(f"models/{model['model']}")) or {}
+            made.append({**model, "found": card.get("found")})
+    return {"models": made}
+
+
+def mend_and_prove(
+    source: Path,
+    target: Path,
+    card: dict[str, Any],
+    prompt: Prompt,
+    sentences: Sequence[tuple[str, str]],
+    section: Repair,
+    pairs: Sequence[Pair],
+) -> None:
+    """Mends `source` by `card["repair"]["method"]` with states on `pairs`, then as `raylp.search.prune.cut_and_prove`.
+
+    What the method found is added to the card.
+    """
+    from raylp.search.forced import ForcedScorer
+
+    model, tokenizer = load_model(source, stored_dtype(source)), load_tokenizer(source)
+    scorer = ForcedScorer(model, examples_of(pairs, prompt, tokenizer))
+    found = mend(scorer, card["removed"], card["repair"]["method"], section.merge_above)
+    save_and_prove(model, source, target, {**card, "found": found}, prompt, sentences)
+
+
+def mend(scorer: Any, removed: Sequence[int], method: str, merge_above: float | None = None) -> Any:
+    """Changes the layers of `scorer.model` that stay; what the method found, fit for JSON."""
+    if method == "compensate":
+        from raylp.repair.compensate import compensate
+
+        return {str(layer): round(alpha, 4) for layer, alpha in compensate(scorer, removed).items()}
+    if method == "merge":
+        from raylp.repair.merge import merge
+
+        return [asdict(tried) for tried in merge(scorer, removed, merge_above)]
+    from raylp.repair.concatenate import concatenate
+
+    return [asdict(joined) for joined in concatenate(scorer, removed)]
