@@ -316,6 +316,21 @@ def test_one_worker_that_dies_learns_the_same(
     assert ours[-1]["dev_loss"] == pytest.approx(theirs[-1]["dev_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_the_unpruned_model_teaches(toy_data: dict[str, Path], tmp_path: Path, ray_session: None) -> None:
+    """Its words and its states, beside the targets; weights shared out over two workers."""
+    weights = {"cross_entropy": 0.5, "distillation": 1.0, "hidden": 2.0}
+    context = make_context(tmp_path, toy_data, workers=2, zero_stage=3, epochs=1, loss=weights)
+    heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+    steps = records(tmp_path)
+    for name in weights:
+        assert steps[-1][name] < 0.8 * steps[0][name], name
+    for record in steps:
+        assert record["loss"] == pytest.approx(sum(weight * record[name] for name, weight in weights.items()))
+    before, after = (right(tmp_path / "models" / name, toy_data) for name in ("pruned-5", "healed-5"))
+    assert after > before + 0.1
+
+
 def test_healing_without_data_says_what_is_missing(toy_data: dict[str, Path], tmp_path: Path) -> None:
     context = make_context(tmp_path, toy_data, data="teacher")
     with pytest.raises(UserError, match="no teacher data; run 'raylp distill' first"):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylp.config import Section
 
@@ -13,6 +13,40 @@ class Lora(Section):
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Loss(Section):
+    """How much each part counts: `cross_entropy` of the target, `distillation` (divergence from the words of the model
+    that was pruned, at the same places), `hidden` (distance from its states, layer by layer).
+
+    `direction`: `forward` KL(teacher || student) or `reverse`; `top_k`: of the teacher's words, null for all;
+    `entropy_weighted`: where the teacher is sure, a token counts little.
+    """
+
+    cross_entropy: float = Field(1.0, ge=0)
+    distillation: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+    direction: Literal["forward", "reverse"] = "forward"
+    top_k: int | None = Field(64, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    entropy_weighted: bool = False
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the parts that count."""
+        parts = {"cross_entropy": self.cross_entropy, "distillation": self.distillation, "hidden": self.hidden}
+        return {name: weight for name, weight in parts.items() if weight > 0}
+
+    @property
+    def taught(self) -> bool:
+        """Whether the unpruned model is needed beside the one that learns."""
+        return self.distillation > 0 or self.hidden > 0
+
+    @model_validator(mode="after")
+    def _something(self) -> "Loss":
+        if not self.weights:
+            raise ValueError("nothing counts: give cross_entropy, distillation or hidden a weight")
+        return self
 
 
 class Heal(Section):
@@ -31,6 +65,7 @@ class Heal(Section):
     start: Literal["pruned", "compensated", "merged", "concatenated"] = "pruned"
     method: Literal["lora", "full"] = "lora"
     data: Literal["authentic", "teacher", "both"] = "both"
+    loss: Loss = Loss()
     lora: Lora = Lora()
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(8, ge=1)

@@ -13,10 +13,11 @@ from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
+from raylp.heal.losses import Teacher, correspondence, losses
 from raylp.heal.pack import loss_sum, why_not_packed
 from raylp.heal.trainable import make_trainable, save_trained
 from raylp.models.load import load_model, load_tokenizer
-from raylp.models.stack import text_config
+from raylp.models.stack import find_stack, text_config
 
 STATE = "state.json"
 BEST = "best.safetensors"
@@ -28,7 +29,8 @@ def train(job: dict[str, Any]) -> None:
     """Trains until the plan's last step; the last checkpoint it reports holds the trained weights (`save_trained`).
 
     `job`: `source` (checkpoint directory), `heal` (the section as a dict), `dtype`, `train` and `dev` (references to
-    lists of `Example`), `board` (an actor that is told of every step).
+    lists of `Example`), `board` (an actor that is told of every step); `teacher` (the checkpoint that was pruned) and
+    `removed` (its layers that `source` lacks), for losses that need it.
     """
     import ray
     import ray.train
@@ -84,11 +86,26 @@ def _prepare_and_run(
     worker.text_config = text_config(model)
     worker.pad = load_tokenizer(source).pad_token_id or 0
     worker.packed = _packing(model, worker, train_examples)
+    if config.loss.taught:
+        worker.layers = list(model.get_submodule(find_stack(model).path))
+        worker.teacher = _teacher(Path(job["teacher"]), job, model, device)
     torch.manual_seed(config.seed)  # adapters start at random: alike on all workers
     model = make_trainable(model, config)
     model.train()
     engine = _engine(model, config, job["dtype"])
     _run(engine, worker, train_examples, dev_examples, checkpoint)
+
+
+def _teacher(path: Path, job: dict[str, Any], student: Any, device: str) -> Teacher:
+    """The unpruned model, frozen."""
+    model = load_model(path, job["dtype"], device)
+    layers = correspondence(find_stack(model).num_layers, job["removed"])
+    if len(layers) != find_stack(student).num_layers:
+        raise UserError(
+            f"heal.loss: the student has {find_stack(student).num_layers} layers, but {path.name} without "
+            f"{job['removed']} would have {len(layers)}"
+        )
+    return Teacher(model, layers)
 
 
 class _Worker:
@@ -102,6 +119,8 @@ class _Worker:
         self.text_config: Any = None
         self.pad = 0
         self.packed = False
+        self.teacher: Teacher | None = None
+        self.layers: list[Any] = []
 
     def say(self, note: str) -> None:
         """Shows `note` on the driver."""
@@ -114,7 +133,14 @@ class _Worker:
             self.board.add.remote(record)
 
     def loss(self, model: Any, examples: Sequence[Example]) -> Any:
+        """Cross-entropy, summed over target tokens."""
         return loss_sum(model, examples, self.text_config, self.packed, self.pad)
+
+    def parts(self, model: Any, examples: Sequence[Example]) -> dict[str, Any]:
+        """All that the recipe's loss is made of, each summed over target tokens."""
+        return losses(
+            model, examples, self.text_config, self.packed, self.pad, self.config.loss, self.teacher, self.layers
+        )
 
     def rows(self, batch: Sequence[int], examples: Sequence[Example]) -> list[list[Example]]:
         """This worker's rows of the batch; an empty row is work for the others only."""
@@ -205,7 +231,7 @@ def _run(
 def _step(
     engine: Any, worker: _Worker, examples: Sequence[Example], batch: Sequence[int], step: int, rate: float
 ) -> dict[str, Any]:
-    """One optimiser step; mean loss (nats per target token), target tokens and seconds.
+    """One optimiser step; mean loss (nats per target token), what it is made of, target tokens and seconds.
 
     Every token of the batch counts the same, whichever worker and row it is in: the sum over a row is divided by the
     target tokens of the whole batch, and multiplied by the number of workers, over which DeepSpeed takes the mean.
@@ -218,18 +244,23 @@ def _step(
         group["lr"] = rate
     tokens = sum(len(examples[i].target) for i in batch)
     rows = worker.rows(batch, examples)
-    total = 0.0
+    weights = worker.config.loss.weights
+    totals: dict[str, float] = {}
     for place, row in enumerate(rows):
         engine.set_gradient_accumulation_boundary(place == len(rows) - 1)
         # An empty row still computes, for nothing: the other workers wait in the same collective operations.
-        loss = worker.loss(engine, row or [examples[batch[0]]]) * (1.0 if row else 0.0)
-        total += loss.item()
+        parts = worker.parts(engine, row or [examples[batch[0]]])
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0.0) + (value.item() if row else 0.0)
+        loss = sum(weights.get(name, 0.0) * value for name, value in parts.items()) * (1.0 if row else 0.0)
         engine.backward(loss * (worker.count / tokens))
     engine.step()
-    loss = worker.total(total) / tokens
+    means = {name: worker.total(value) / tokens for name, value in totals.items()}
+    loss = sum(weights.get(name, 0.0) * value for name, value in means.items())
     if loss != loss:
         raise UserError(f"the loss is not a number at step {step}: lower heal.learning_rate")
-    return {"loss": loss, "tokens": tokens, "seconds": round(time.monotonic() - began, 3)}
+    told = means if worker.teacher is not None else {}
+    return {"loss": loss, **told, "tokens": tokens, "seconds": round(time.monotonic() - began, 3)}
 
 
 def _dev_loss(engine: Any, worker: _Worker, dev: Sequence[Example]) -> float:

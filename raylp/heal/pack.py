@@ -15,6 +15,7 @@ from raylp.generate.base import common_prefix
 
 # Rotary tables are computed for it; longer positions than this are no use to a mask either.
 NO_WINDOW = 1 << 30
+IGNORED = -100  # a label that nothing is learned from
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,14 @@ def packed_inputs(row: Row, config: Any, dtype: Any, device: Any) -> dict[str, A
 def padded_inputs(examples: Sequence[Example], pad: int, device: Any) -> tuple[dict[str, Any], Any]:
     """A row for each example, padded on the right, where a causal model needs no mask; and the labels.
 
-    For architectures that do not take a mask of their own. Labels: (rows, kept places), -100 where nothing is learned.
+    For architectures that do not take a mask of their own. Labels: (rows, kept places), `IGNORED` where nothing is.
     """
     import torch
 
     longest = max(example.length for example in examples)
     first = min(len(example.prompt) for example in examples) - 1
     tokens = torch.full((len(examples), longest), pad)
-    labels = torch.full((len(examples), longest - first), -100)
+    labels = torch.full((len(examples), longest - first), IGNORED)
     for index, example in enumerate(examples):
         tokens[index, : example.length] = torch.tensor((*example.prompt, *example.target[:-1]))
         start = len(example.prompt) - 1 - first
@@ -136,25 +137,34 @@ def padded_inputs(examples: Sequence[Example], pad: int, device: Any) -> tuple[d
     return inputs, labels.to(device)
 
 
-def loss_sum(model: Any, examples: Sequence[Example], config: Any, packed: bool, pad: int = 0) -> Any:
-    """Cross-entropy summed over the target tokens of all examples, in nats; a scalar with its graph.
+def place(
+    model: Any, examples: Sequence[Example], config: Any, packed: bool, pad: int = 0
+) -> tuple[dict[str, Any], Any, Any]:
+    """Arguments of the model's forward pass, labels (rows x kept places), and the kept places of each row.
 
     `model`: anything called like a transformers causal model; `config`: its text configuration.
     """
     import torch
 
     reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    device = reference.device
     if packed:
         row = pack(examples)
-        logits = model(**packed_inputs(row, config, reference.dtype, device)).logits[0]
-        labels = torch.tensor(row.targets, device=device)
+        inputs = packed_inputs(row, config, reference.dtype, reference.device)
+        labels = torch.tensor(row.targets, device=reference.device)
     else:
-        inputs, labels = padded_inputs(examples, pad, device)
-        logits = model(**inputs).logits.flatten(0, 1)
+        inputs, labels = padded_inputs(examples, pad, reference.device)
         labels = labels.flatten()
+    return inputs, labels, inputs["logits_to_keep"]
+
+
+def loss_sum(model: Any, examples: Sequence[Example], config: Any, packed: bool, pad: int = 0) -> Any:
+    """Cross-entropy summed over the target tokens of all examples, in nats; a scalar with its graph."""
+    import torch
+
+    inputs, labels, _ = place(model, examples, config, packed, pad)
+    logits = model(**inputs).logits.flatten(0, 1)
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(precise, labels, ignore_index=-100, reduction="sum")
+    return torch.nn.functional.cross_entropy(precise, labels, ignore_index=IGNORED, reduction="sum")
 
 
 def why_not_packed(model: Any, examples: Sequence[Example], config: Any, pad: int = 0) -> str | None:

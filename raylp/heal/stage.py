@@ -17,7 +17,7 @@ from raylp.data.corpus import write_jsonl
 from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
-from raylp.heal.config import Heal
+from raylp.heal.config import Heal, Loss
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.loop import MEMORY_ADVICE, STATE, is_out_of_memory
 from raylp.heal.loop import train as train_loop
@@ -89,7 +89,7 @@ def heal(context: Context) -> dict[str, Any]:
 
 def adapt(context: Context) -> dict[str, Any]:
     """Trains the original on the authentic training pairs, to `adapted`: the baseline where pruning comes after."""
-    config = _section(context).model_copy(update={"data": "authentic"})
+    config = _section(context).model_copy(update={"data": "authentic", "loss": Loss()})
     return {"adapted": heal_model(context, context.original, "adapted", "before pruning", [], config)}
 
 
@@ -100,7 +100,8 @@ def heal_model(
 
     `purpose` is shown and kept in the result; `removed`: layers that are gone already, for the checkpoint's card.
     `heal/<name>.jsonl` holds every step: step, epoch, lr, loss (nats per target token), tokens, seconds, and at the end
-    of an epoch dev_loss. Returns {"examples", "steps", "loss", "dev_loss", "seconds", "purpose"}.
+    of an epoch dev_loss; where `heal.loss` has parts beside cross-entropy, each of them. Returns {"examples", "steps",
+    "loss", "dev_loss", "seconds", "purpose"}.
 
     Raises:
         UserError: no data, too few CPUs or GPUs, or training failed; with the last line of what the engine said.
@@ -112,7 +113,9 @@ def heal_model(
     cluster.require(f"heal with {config.workers} workers", config.workers, gpus)
     num_steps = len(plan.steps(len(train), config.batch_size, config.epochs, config.seed))
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if gpus else "float32")
-    job = {"source": str(source), "heal": config.model_dump(), "dtype": dtype}
+    job: dict[str, Any] = {"source": str(source), "heal": config.model_dump(), "dtype": dtype}
+    if config.loss.taught:
+        job |= {"teacher": str(context.baseline), "removed": removed}
     run_name = f"{name}-{_digest(source, job, train, dev)}"
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="raylp-heal-") as scratch:
