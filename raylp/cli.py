@@ -102,7 +102,8 @@ def prune(
 def repair(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Mend the pruned models without training: the recipe's repair.methods.
 
-    Example: `raylp repair recipes/demo.yaml --set 'repair.methods=[compensate, merge]'`
+    Example: `raylp run recipes/demo.yaml --set 'repair.methods=[compensate, merge]' --set run_dir=runs/repaired`, or
+    with this verb that stage of it alone.
     """
     _run(recipe, overrides, "repair")
 
