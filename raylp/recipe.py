@@ -143,6 +143,7 @@ class Recipe(Section):
             raise ValueError(f"heal.start: {start} needs repair.methods to name {method!r}")
         return self
 
+
 _EMPTY_STAGES = ("search", "repair", "distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
 
 

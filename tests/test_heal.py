@@ -284,6 +284,17 @@ def test_healing_brings_translations_back(healed: Path, toy_data: dict[str, Path
     assert not list((healed / ".work" / "heal").iterdir()), "nothing is left of the work"
 
 
+@pytest.mark.slow
+def test_what_is_healed_is_not_healed_again(healed: Path, toy_data: dict[str, Path]) -> None:
+    """A driver that died over the second model finds the first one as it was."""
+    context = make_context(healed, toy_data, workers=2, zero_stage=2)
+    weights = healed / "models" / "healed-5" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    found = heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+    assert found["steps"] == 26 and found["loss"] == records(healed)[-1]["loss"]
+    assert weights.stat().st_mtime_ns == before and not list((healed / ".work" / "heal").iterdir())
+
+
 def kill_training_worker(checkpoints: Path, killed: list[int]) -> None:
     """As soon as a checkpoint is there, one of this process's training workers dies without a word."""
     deadline = time.monotonic() + 300

@@ -96,7 +96,8 @@ def adapt(context: Context) -> dict[str, Any]:
 def heal_model(
     context: Context, source: Path, name: str, purpose: str, removed: list[int], config: Heal | None = None
 ) -> dict[str, Any]:
-    """Trains the checkpoint `source` into `models/<name>`; after a crash, the same call goes on at the last checkpoint.
+    """Trains the checkpoint `source` into `models/<name>`; after a crash, the same call goes on at the last checkpoint,
+    and what was healed whole is not healed again.
 
     `purpose` is shown and kept in the result; `removed`: layers that are gone already, for the checkpoint's card.
     `heal/<name>.jsonl` holds every step: step, epoch, lr, loss (nats per target token), tokens, seconds, and at the end
@@ -117,6 +118,10 @@ def heal_model(
     if config.loss.taught:
         job |= {"teacher": str(context.baseline), "removed": removed}
     run_name = f"{name}-{_digest(source, job, train, dev)}"
+    if context.rundir.complete(f"models/{name}") and context.rundir.exists(f"heal/{name}.json"):
+        done = context.rundir.read_json(f"heal/{name}.json")
+        if done.pop("run") == run_name:
+            return done
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="raylp-heal-") as scratch:
         trained = Path(scratch) / "trained"
@@ -128,8 +133,7 @@ def heal_model(
         with context.rundir.building(f"models/{name}") as target, context.reporter.task(f"merging {name}") as task:
             _merge(context, name, source, trained, target, card, task)
     context.rundir.write_text(f"heal/{name}.jsonl", write_jsonl(history))
-    context.rundir.remove(f"{WORK}/{run_name}")
-    return {
+    result = {
         "examples": len(train),
         "steps": num_steps,
         "loss": history[-1]["loss"],
@@ -137,6 +141,9 @@ def heal_model(
         "seconds": round(time.monotonic() - began, 1),
         "purpose": purpose,
     }
+    context.rundir.write_json(f"heal/{name}.json", {"run": run_name, **result})
+    context.rundir.remove(f"{WORK}/{run_name}")
+    return result
 
 
 def _section(context: Context) -> Heal:
