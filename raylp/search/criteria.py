@@ -145,7 +145,8 @@ def branches(parts: dict[str, Any], before: Any, after: Any) -> tuple[str, str]:
     best = min(errors, key=lambda pair: errors[pair], default=None)
     if best is None or errors[best] > 4 * torch.finfo(before.dtype).eps:
         raise UserError(
-            "this model's layers do not add attention and MLP to their input: take another criterion or repair"
+            "ifr and compensate need layers that add attention and MLP to their input, which this model's do not: take "
+            "another criterion or repair"
         )
     return best
 
