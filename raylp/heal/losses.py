@@ -10,7 +10,7 @@ from typing import Any
 
 from raylp.data.tokens import Example
 from raylp.heal.config import Loss
-from raylp.heal.pack import IGNORED, place
+from raylp.heal.pack import IGNORED, cross_entropy, place
 from raylp.models.stack import find_stack, text_config
 
 
@@ -83,14 +83,6 @@ def states_of(layers: Sequence[Any], places: Any) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Summed over the labels that are learned, in nats; (places, vocabulary) and (places,)."""
-    import torch
-
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(precise, labels, ignore_index=IGNORED, reduction="sum")
 
 
 def divergence(student: Any, teacher: Any, options: Loss) -> Any:

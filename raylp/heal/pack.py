@@ -159,10 +159,14 @@ def place(
 
 def loss_sum(model: Any, examples: Sequence[Example], config: Any, packed: bool, pad: int = 0) -> Any:
     """Cross-entropy summed over the target tokens of all examples, in nats; a scalar with its graph."""
+    inputs, labels, _ = place(model, examples, config, packed, pad)
+    return cross_entropy(model(**inputs).logits.flatten(0, 1), labels)
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    """Summed over the labels that are learned, in nats; (places, vocabulary) and (places,)."""
     import torch
 
-    inputs, labels, _ = place(model, examples, config, packed, pad)
-    logits = model(**inputs).logits.flatten(0, 1)
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(precise, labels, ignore_index=IGNORED, reduction="sum")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylp.models.view import without_layers
-from raylp.repair.layer import calls, first, scale_layer, states_in
+from raylp.repair.layer import calls, scale_layer, states_in
 from raylp.search.criteria import branches, real, walk
 from raylp.search.forced import Batch, ForcedScorer
 
@@ -62,19 +62,7 @@ def _parts(scorer: ForcedScorer, layer: int, call: Any) -> tuple[str, str]:
 
     module = scorer.layers[layer]
     args, kwargs, after = call
-    outputs: dict[str, Any] = {}
-
-    def note(name: str) -> Any:
-        def see(_: Any, __: Any, output: Any) -> None:
-            outputs[name] = first(output)
-
-        return see
-
-    handles = [part.register_forward_hook(note(name)) for name, part in module.named_children()]
-    try:
-        with torch.no_grad():
-            module(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), calls(dict(module.named_children())) as seen:
+        module(*args, **kwargs)
+    outputs = {name: output for name, (_, _, output) in seen.items()}
     return branches(outputs, states_in(args, kwargs), after)

@@ -6,8 +6,8 @@ from typing import Any
 
 from raylp.errors import UserError
 
-# What projects back to the stream, by the names that families give it.
 ROUNDING = {4: 1e-4, 2: 0.05}  # relative difference that a norm's epsilon and rounding leave, by bytes of a number
+# What projects back to the stream, by the names that families give it.
 OUTPUTS = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2"})
 
 
@@ -71,17 +71,17 @@ def _projections(part: Any) -> Iterator[tuple[Any, str]]:
 
 
 @contextmanager
-def calls(layers: dict[int, Any]) -> Iterator[dict[int, tuple[Any, dict[str, Any], Any]]]:
-    """Of each layer, by its number, what it was last given and what it gave, while the block runs."""
-    seen: dict[int, tuple[Any, dict[str, Any], Any]] = {}
+def calls(modules: dict[Any, Any]) -> Iterator[dict[Any, tuple[Any, dict[str, Any], Any]]]:
+    """Of each module, by its key, what it was last given and what it gave, while the block runs."""
+    seen: dict[Any, tuple[Any, dict[str, Any], Any]] = {}
 
-    def hook(number: int) -> Any:
+    def hook(key: Any) -> Any:
         def see(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            seen[number] = (args, kwargs, first(output))
+            seen[key] = (args, kwargs, first(output))
 
         return see
 
-    handles = [layer.register_forward_hook(hook(number), with_kwargs=True) for number, layer in layers.items()]
+    handles = [module.register_forward_hook(hook(key), with_kwargs=True) for key, module in modules.items()]
     try:
         yield seen
     finally:
@@ -115,8 +115,7 @@ def scale_layer(layer: Any, parts: Sequence[str], factor: float, args: Sequence[
                 return first(layer(args[0] * times, *args[1:], **kwargs)).float()
             return first(layer(**{**kwargs, "hidden_states": kwargs["hidden_states"] * times})).float()
 
-    own = [(module, name) for module in layer.modules() for name in dict(module.named_parameters(recurse=False))]
-    saved = [(module, name, getattr(module, name)) for module, name in own]
+    saved = [(module, *own) for module in layer.modules() for own in module.named_parameters(recurse=False)]
     wanted = run(1.0) * factor
     for name in parts:
         scale_part(layer.get_submodule(name), factor)

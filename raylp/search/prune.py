@@ -93,6 +93,7 @@ def save_and_prove(
     save_checkpoint(model, source, target, card, card["removed"])
     requests = prompt.requests(tokenizer, sentences)
     seen = TransformersGenerator(model, tokenizer, prompt.newline).generate(requests, card["removed"])
+    del model
     reloaded = TransformersGenerator(load_model(target, dtype), load_tokenizer(target), prompt.newline)
     for before, after in zip(seen, reloaded.generate(requests), strict=True):
         if before.tokens != after.tokens:
