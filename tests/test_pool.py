@@ -102,9 +102,9 @@ def test_dead_workers_units_go_elsewhere(pool_of: Callable[[int], Pool], task: T
     results = list(pool.run(units, submit, task))
     assert sorted(unit for unit, _ in results) == sorted(units)
     assert len(pool.workers) == 2 and set(map(id, pool.workers)) != before
-    with pytest.raises(UserError, match="died 3 times over the same sentences"):
+    with pytest.raises(UserError, match="died 5 times over the same sentences"):
         list(pool.run([(0.0, "kill-always")], submit, task))
-    assert times_given(tmp_path, "kill-always") == 3
+    assert times_given(tmp_path, "kill-always") == 5
 
 
 def test_what_nobody_waits_for_is_not_begun(pool_of: Callable[[int], Pool], task: Task, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from raylp.errors import UserError
 from raylp.report import numbers, plots
 from raylp.report.build import report
 from raylp.report.contents import Stat, read_contents
-from raylp.report.facts import find_facts
+from raylp.report.facts import _ratio, find_facts
 from raylp.report.plan_view import render_plan
 from raylp.report.tables import print_tables
 from raylp.rundir import RunDir
@@ -834,6 +834,17 @@ def test_a_directory_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(UserError, match="is not a run directory"):
         report(RunDir(str(tmp_path)), None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratio_of_measurements_is_finite_however_wide_they_are() -> None:
+    """Tokens that arrive in one piece have a median of microseconds, and an upper end of many milliseconds."""
+    wide, narrow = Stat(0.015, 0.0137, 29.8, 8), Stat(7.0, 6.5, 7.7, 8)
+    ratio = _ratio(narrow, wide)
+    assert ratio.low is not None and ratio.high is not None
+    assert 0 < ratio.low < ratio.value == 7.0 / 0.015 < ratio.high < 1000
+    assert _ratio(narrow, Stat(1.0, 0.0, 2.0, 8)) == Stat(7.0)
+    alike = _ratio(Stat(10.0, 9.9, 10.1, 8), Stat(5.0, 4.95, 5.05, 8))
+    assert (alike.low, alike.high) == pytest.approx((2 - 0.0282, 2 + 0.0285), abs=1e-3)
 
 
 def test_half_a_line_at_the_end_of_a_log_is_passed_over_and_one_inside_is_not(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from raylp.generate.schedule import Pace, most_copies
 from raylp.progress import Task
 from raylp.recipe import Resources
 
-MAX_TRIES = 3
+MAX_TRIES = 5  # workers lost over one unit: with fewer, kills from outside pass for a unit that kills its worker
+MAX_STARTS = 3  # workers in a row that die before they are up
 IN_FLIGHT = 2  # one unit in work and one waiting, so that a worker is never idle between two
 SPARE = 3  # with fewer left for each worker, none waits behind another: it might be behind a long one
 BEAT_S = 2.0
@@ -417,7 +418,7 @@ class Pool:
             ray.get(reference)
         except RayActorError as error:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_TRIES:
+            if self._failed_starts >= MAX_STARTS:
                 raise UserError(
                     f"workers die as they start ({_last_line(error)}): is this raylp on every node?",
                     1,

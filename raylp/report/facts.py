@@ -141,12 +141,17 @@ def find_gains(contents: Contents) -> list[Gain]:
 
 
 def _ratio(above: Stat, below: Stat) -> Stat:
-    """The ratio of two separate measurements; their relative uncertainties are added as squares (delta method)."""
+    """The ratio of two separate measurements; distances to their ends are added as squares, as logarithms (a median of
+    few requests may lie a thousand times below its upper end). No interval where an end is not above 0.
+    """
     value = above.value / below.value
-    if above.half is None or below.half is None:
+    if above.low is None or above.high is None or below.low is None or below.high is None:
         return Stat(value)
-    spread = math.hypot(above.half / above.value, below.half / below.value)
-    return Stat(value, value * math.exp(-spread), value * math.exp(spread), above.n)
+    if min(above.low, below.low) <= 0:
+        return Stat(value)
+    up = math.hypot(math.log(above.high / above.value), math.log(below.value / below.low))
+    down = math.hypot(math.log(above.value / above.low), math.log(below.high / below.value))
+    return Stat(value, value * math.exp(-down), value * math.exp(up), above.n)
 
 
 def ideal(contents: Contents, gain: Gain) -> float | None:
