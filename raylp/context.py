@@ -13,12 +13,13 @@ from raylp.rundir import RunDir
 
 @dataclass(frozen=True)
 class Splits:
-    """`test` holds the test sets by name; the others are the corpora's splits joined."""
+    """`test` holds the test sets by name; the others are the corpora's splits joined. `mono`: sources alone."""
 
     search: list[Pair] = field(default_factory=list)
     train: list[Pair] = field(default_factory=list)
     dev: list[Pair] = field(default_factory=list)
     test: dict[str, list[Pair]] = field(default_factory=dict)
+    mono: list[Pair] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     bound = measured["bound_per_sentence"]
     depths = max(1, len(recipe.search.depths)) if recipe.search is not None else 0
     repaired = depths * len(recipe.repair.methods) if recipe.repair is not None else 0
-    models = 1 + depths + repaired + (recipe.heal is not None) * (depths + 1)
+    models = 1 + depths + repaired + (depths + recipe.heal.baseline if recipe.heal is not None else 0)
     rows: dict[str, dict[str, Any]] = {}
     for stage in wanted_stages(recipe):
         evaluations = sentences = 0
@@ -84,11 +84,12 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
             sentences = evaluations * len(context.splits.search)
             tokens = sentences * bound
         elif stage.name == "distill" and recipe.distill is not None:
-            sentences = min(len(context.splits.train), recipe.distill.limit or len(context.splits.train))
+            sources = len(getattr(context.splits, recipe.distill.sources))
+            sentences = min(sources, recipe.distill.limit or sources) * recipe.distill.samples
             tokens = sentences * per_sentence
         elif stage.name in ("heal", "adapt") and recipe.heal is not None:
             both = 2 if recipe.heal.data == "both" and stage.name == "heal" else 1
-            trained = depths + 1 if stage.name == "heal" else 1
+            trained = depths + recipe.heal.baseline if stage.name == "heal" else 1
             sentences = len(context.splits.train) * both * recipe.heal.epochs * trained
             tokens = sentences * per_sentence
             scale = TRAINING_OVER_GENERATION

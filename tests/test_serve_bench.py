@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow.parquet
 import pytest
 import toy
 from hypothesis import given, settings
@@ -24,6 +25,8 @@ from raylp.bench.stats import mean_of_repeats, percentiles
 from raylp.context import Context, Splits
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt
+from raylp.distill.config import Distill
+from raylp.distill.stage import distill
 from raylp.errors import UserError
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import card_for, save_checkpoint
@@ -299,7 +302,7 @@ def context(
 
 
 @pytest.mark.slow
-def test_endpoint_and_bench(context: Context) -> None:
+def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_path: Path) -> None:
     notes: list[str] = []
     models = context.models()
     assert list(models) == ["baseline", PRUNED]
@@ -310,6 +313,7 @@ def test_endpoint_and_bench(context: Context) -> None:
         example = shlex.split(usage(context, url, list(models)).partition("try: ")[2])
         answer = httpx.post(example[1], json=json.loads(example[-1]), timeout=60)
         assert example[0] == "curl" and answer.json()["model"] == PRUNED
+        teaches(context, f"{url}/v1", toy_data, tmp_path)
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be used"):
             free_port("127.0.0.1", port, 0)
 
@@ -339,6 +343,26 @@ def test_endpoint_and_bench(context: Context) -> None:
             assert speed["output_tokens_per_s"]["value"] > 0
     assert result["ideal"][PRUNED]["speedup"]["c1"]["by_bytes"] > 1
     assert result["machine"]["cores"] >= 1
+
+
+def teaches(context: Context, url: str, toy_data: dict[str, Path], run_dir: Path) -> None:
+    """`distill` asks a model behind an endpoint; what it refuses is the row's reason, not the end."""
+    section = {"teacher": "baseline", "endpoint": url, "batch_size": 8, "filters": {"language": False}}
+    recipe = context.recipe.model_copy(update={"distill": Distill.model_validate(section)})
+    train = read_pairs(toy_data["train"], "xx-yy")[:20]
+    train[2] = replace(train[2], source=" ".join(["nefi"] * 300))
+    splits = Splits(train=train, test=context.splits.test)
+    summary = distill(replace(context, recipe=recipe, splits=splits, rundir=RunDir(str(run_dir))))
+    assert summary["rejected"]["failed"] == 1 and summary["rows"] == 20
+    rows = pyarrow.parquet.read_table(run_dir / "distill" / "teacher.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [pair.id for pair in train]
+    assert "HTTP 400" in rows[2]["translation"]
+    nobody = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher": "nobody"})})
+    elsewhere = RunDir(f"{run_dir}/nobody")
+    with pytest.raises(UserError, match="gives no translations: HTTP 404"):
+        distill(replace(context, recipe=nobody, splits=splits, rundir=elsewhere))
+    assert not elsewhere.complete("distill"), "what the server's state is to blame for is no row's verdict"
+    assert sum(row["translation"] == row["reference"] for row in rows) >= 18
 
 
 def speaks_openai(url: str) -> None:

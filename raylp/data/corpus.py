@@ -37,6 +37,10 @@ def read_pairs(path: str | Path | list[str], pair: str) -> list[Pair]:
         if read is None:
             raise UserError(f"data file {file}: use .jsonl, .tsv, or a list of two text files [source, target]")
         pairs = list(read(file, pair))
+    return _unique(pairs, name)
+
+
+def _unique(pairs: list[Pair], name: str) -> list[Pair]:
     if not pairs:
         raise UserError(f"data file {name} is empty")
     seen: set[str] = set()
@@ -45,6 +49,29 @@ def read_pairs(path: str | Path | list[str], pair: str) -> list[Pair]:
             raise UserError(f"data file {name}: the id {example.id!r} stands twice")
         seen.add(example.id)
     return pairs
+
+
+def read_sources(path: str | Path, pair: str) -> list[Pair]:
+    """Reads source text alone, with empty targets: `.txt`, a sentence a line, or `.jsonl` ({"id", "source"}).
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8, or has an id twice; with its name and line.
+    """
+    file = Path(path)
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"data file {file}: source text alone is .txt or .jsonl")
+    found = []
+    for number, line in _lines(file):
+        name, text = str(number), line.strip()
+        if file.suffix == ".jsonl" and text:
+            try:
+                row = json.loads(line)
+                name, text = str(row.get("id", number)), row["source"].strip()
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"data file {file}, line {number}: no text under 'source' ({error})") from error
+        if text:
+            found.append(Pair(name, text, "", pair))
+    return _unique(found, str(file))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -80,9 +80,14 @@ class Prompt(BaseModel):
             return [*tokenizer(target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         return list(tokenizer(" " + target + "\n", add_special_tokens=False).input_ids)
 
-    def requests(self, tokenizer: Any, sources: Sequence[tuple[str, str]]) -> list[Request]:
-        """One request for each (source, pair), bounded by `bound`."""
-        lengths = self._lengths(tokenizer, [source for source, _ in sources])
+    def requests(
+        self, tokenizer: Any, sources: Sequence[tuple[str, str]], mean_words: float | None = None
+    ) -> list[Request]:
+        """One request for each (source, pair), bounded by `bound`; `mean_words`: where `sources` are part of more."""
+        if self.bound.of == "mean_words" and mean_words is not None:
+            lengths = [mean_words] * len(sources)
+        else:
+            lengths = self._lengths(tokenizer, [source for source, _ in sources])
         return [
             Request(
                 tuple(self.prompt_tokens(tokenizer, source, pair)),

@@ -1,110 +1,259 @@
-"""Which teacher translations are fit to learn from. Every rejected row keeps the first reason found."""
+"""Which teacher translations are fit to learn from. Every rejected row keeps the first reason, in a fixed order."""
 
+import hashlib
+import re
 import statistics
 import unicodedata
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from difflib import SequenceMatcher
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
+from raylp.data.corpus import Pair
+from raylp.data.languages import split_pair
 from raylp.data.splits import sentence_hash
 from raylp.distill.config import Filters
 from raylp.metrics.ngram import metric
 
 # Short strings vary much in relative length ("OK", "Abbrechen"): so many characters are added to both sides.
 SLACK = 5
+LEAST_TO_IDENTIFY = 30  # characters; of shorter texts a language cannot be told
+NEAR_AT_LEAST = 20  # characters; shorter texts are alike by chance
 
 
 @dataclass(frozen=True)
 class Row:
-    """A teacher translation. `finish`: `stop`, `length`, `loop`, or `error`: then `translation` says what was wrong."""
+    """A teacher translation. `finish`: `stop`, `length`, `loop`, or `error`: then `translation` says what was wrong.
+
+    `reference` is empty where there is none; `said` is the translation as it was generated, before lines were joined.
+    """
 
     pair: str
     source: str
     reference: str
     translation: str
     finish: str
+    said: str = ""
 
 
-def reasons(rows: Sequence[Row], held_out: AbstractSet[tuple[str, str]], filters: Filters) -> list[str | None]:
-    """Why each row is rejected, None where it is kept; of duplicates the first stays.
+@dataclass
+class HeldOut:
+    """Sentences of the other splits, both sides: `hashes` with their language pair, `texts` by it."""
 
-    `held_out`: (language pair, `sentence_hash`) of sources and targets of the other splits.
+    hashes: set[tuple[str, str]] = field(default_factory=set)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pairs: Iterable[Pair]) -> "HeldOut":
+        found = cls()
+        for pair in pairs:
+            for text in (pair.source, pair.target):
+                found.hashes.add((pair.pair, sentence_hash(text)))
+                if len(text) >= NEAR_AT_LEAST:
+                    found.texts.setdefault(pair.pair, []).append(text.casefold())
+        return found
+
+    def has(self, pair: str, text: str) -> bool:
+        """Whether it is one of them, but for case, width, blanks and punctuation."""
+        return (pair, sentence_hash(text)) in self.hashes
+
+    def nearly_has(self, pair: str, text: str, limit: float) -> bool:
+        """Whether it shares more than `limit` of its characters, in order, with one of them."""
+        from rapidfuzz import process
+        from rapidfuzz.distance import Indel
+
+        if len(text) < NEAR_AT_LEAST:
+            return False
+        near = process.extractOne(
+            text.casefold(), self.texts.get(pair, []), scorer=Indel.normalized_similarity, score_cutoff=limit
+        )
+        return near is not None
+
+
+class Judge:
+    """Says of rows, in the order they come, whether they are kept. It remembers a hash of each, for duplicates.
+
+    `usual`: of `usual_length_ratios`. `similarity` and `comet`: scores of (source, translation, reference) rows by a
+    model, where the recipe asks for it.
     """
-    usual = usual_length_ratios(rows)
-    seen: set[tuple[str, str, str]] = set()
-    found = []
-    for row in rows:
-        reason = reason_alone(row, usual.get(row.pair, 1.0), held_out, filters)
-        key = (row.pair, row.source, row.translation)
-        if reason is None and key in seen:
-            reason = "duplicate"
-        if reason is None:
-            seen.add(key)
-        found.append(reason)
-    return found
+
+    def __init__(
+        self,
+        filters: Filters,
+        usual: Mapping[str, float],
+        held_out: HeldOut,
+        similarity: Callable[[Sequence[Row]], Sequence[float]] | None = None,
+        comet: Callable[[Sequence[Row]], Sequence[float]] | None = None,
+    ) -> None:
+        self.filters, self.usual, self.held_out = filters, usual, held_out
+        self.similarity, self.comet = similarity, comet
+        self.seen: set[bytes] = set()
+        self.taken: dict[str, int] = dict.fromkeys(self.names(), 0)
+
+    def names(self) -> list[str]:
+        """The reasons there may be, in order; those that are turned off are not among them."""
+        return ["failed", *(name for name, test in CHECKS if test(self.filters)), *self._models()]
+
+    def _models(self) -> list[str]:
+        f = self.filters
+        own = (("embedding similarity", f.min_embedding_similarity), ("COMET", f.min_comet))
+        return [name for name, limit in own if limit is not False]
+
+    def reasons(self, rows: Sequence[Row]) -> list[str | None]:
+        """Why each is rejected, None where it is kept."""
+        found = [self._alone(row) for row in rows]
+        for name, scores, limit in (
+            ("embedding similarity", self.similarity, self.filters.min_embedding_similarity),
+            ("COMET", self.comet, self.filters.min_comet),
+        ):
+            left = [i for i, reason in enumerate(found) if reason is None]
+            if limit is not False and scores is not None and left:
+                for i, score in zip(left, scores([rows[i] for i in left]), strict=True):
+                    found[i] = name if score < limit else None
+        for reason in found:
+            if reason is not None:
+                self.taken[reason] += 1
+        return found
+
+    def _alone(self, row: Row) -> str | None:
+        if row.finish == "error":
+            return "failed"
+        for name, test in CHECKS:
+            if test(self.filters) and FAILS[name](self, row):
+                return name
+        return None
+
+    def is_duplicate(self, row: Row) -> bool:
+        """Whether a row like it was there before; it is remembered."""
+        key = hashlib.blake2b("\0".join((row.pair, row.source, row.translation)).encode(), digest_size=8).digest()
+        there = key in self.seen
+        self.seen.add(key)
+        return there
+
+    def unusual_length(self, row: Row) -> bool:
+        """Whether it is much longer or shorter than its source lets expect; not where nothing is known of the pair."""
+        if row.pair not in self.usual:
+            return False
+        expected = len(row.source) * self.usual[row.pair]
+        ratio = (len(row.translation) + SLACK) / (expected + SLACK)
+        return max(ratio, 1 / ratio) > self.filters.max_length_ratio
+
+    def held(self, row: Row) -> bool:
+        """Whether source or translation is in another split."""
+        return any(self.held_out.has(row.pair, text) for text in (row.source, row.translation))
+
+    def nearly_held(self, row: Row) -> bool:
+        """Whether source or translation is nearly a sentence of another split."""
+        limit = float(self.filters.max_similarity_to_held_out)
+        return any(self.held_out.nearly_has(row.pair, text, limit) for text in (row.source, row.translation))
 
 
-def usual_length_ratios(rows: Sequence[Row]) -> dict[str, float]:
+LINE_BREAK = re.compile(r"[\n\r\x0b\x0c\x85\u2028\u2029]")
+
+# The order of the published filters, then those of translations by a model. Whether each is on:
+CHECKS: tuple[tuple[str, Callable[[Filters], bool]], ...] = (
+    ("duplicate", lambda f: f.duplicates),
+    ("empty", lambda f: f.empty),
+    ("newline", lambda f: f.newlines),
+    ("control characters", lambda f: f.control_characters),
+    ("repetition", lambda f: f.loops),
+    ("not stopped", lambda f: f.cut_off),
+    ("too long", lambda f: f.max_words is not False),
+    ("length ratio", lambda f: f.max_length_ratio is not False),
+    ("too short", lambda f: f.min_characters is not False),
+    ("source language", lambda f: f.language is not False),
+    ("target language", lambda f: f.language is not False),
+    ("copy of the source", lambda f: f.max_similarity_to_source is not False),
+    ("in another split", lambda f: True),
+    ("near another split", lambda f: f.max_similarity_to_held_out is not False),
+    ("far from the reference", lambda f: f.min_chrf_to_reference is not False),
+)
+FAILS: Mapping[str, Callable[[Judge, Row], bool]] = {
+    "duplicate": lambda judge, row: judge.is_duplicate(row),
+    "empty": lambda judge, row: not row.translation.strip(),
+    "newline": lambda judge, row: bool(LINE_BREAK.search(row.said.strip() or row.translation)),
+    "control characters": lambda judge, row: any(map(_is_control, row.said.strip() or row.translation)),
+    "repetition": lambda judge, row: row.finish == "loop",
+    "not stopped": lambda judge, row: row.finish == "length",
+    "too long": lambda judge, row: len(row.translation.split()) > judge.filters.max_words,
+    "length ratio": lambda judge, row: judge.unusual_length(row),
+    "too short": lambda judge, row: len(row.translation.strip()) < judge.filters.min_characters,
+    "source language": lambda judge, row: foreign(row.source, split_pair(row.pair)[0], float(judge.filters.language)),
+    "target language": lambda judge, row: foreign(
+        row.translation, split_pair(row.pair)[1], float(judge.filters.language)
+    ),
+    "copy of the source": lambda judge, row: is_copy(
+        row.translation, row.source, row.reference, float(judge.filters.max_similarity_to_source)
+    ),
+    "in another split": lambda judge, row: judge.held(row),
+    "near another split": lambda judge, row: judge.nearly_held(row),
+    "far from the reference": lambda judge, row: (
+        bool(row.reference) and chrf(row.translation, row.reference) < judge.filters.min_chrf_to_reference
+    ),
+}
+
+
+def _is_control(character: str) -> bool:
+    control = unicodedata.category(character) == "Cc" and not LINE_BREAK.match(character)
+    return control or character == "\ufffd"
+
+
+def usual_length_ratios(pairs: Iterable[Pair]) -> dict[str, float]:
     """By language pair, how long a reference usually is for its source, in characters: the median ratio.
 
     German takes more characters than English and Chinese a third, so lengths are judged by this and not by equality.
     """
     ratios: dict[str, list[float]] = {}
-    for row in rows:
-        if row.source and row.reference:
-            ratios.setdefault(row.pair, []).append(len(row.reference) / len(row.source))
+    for pair in pairs:
+        if pair.source and pair.target:
+            ratios.setdefault(pair.pair, []).append(len(pair.target) / len(pair.source))
     return {pair: statistics.median(values) for pair, values in ratios.items()}
 
 
-def reason_alone(row: Row, usual: float, held_out: AbstractSet[tuple[str, str]], filters: Filters) -> str | None:
-    """Why the row is rejected whatever the others are, or None. `usual`: of `usual_length_ratios`."""
-    text = row.translation
-    if row.finish == "error":
-        return "failed"
-    if not text.strip():
-        return "empty"
-    if row.finish != "stop":
-        return "not stopped"
-    if any(unicodedata.category(character) == "Cc" or character in "\u2028\u2029\ufffd" for character in text):
-        return "control characters"
-    if len(text.split()) > filters.max_words:
-        return "too long"
-    if len(text.strip()) < filters.min_characters:
-        return "too short"
-    ratio = (len(text) + SLACK) / (len(row.source) * usual + SLACK)
-    if max(ratio, 1 / ratio) > filters.max_length_ratio:
-        return "length ratio"
-    if is_copy(text, row.source, row.reference, filters.max_similarity_to_source):
-        return "copy of the source"
-    if (row.pair, sentence_hash(row.source)) in held_out or (row.pair, sentence_hash(text)) in held_out:
-        return "in another split"
-    if filters.min_chrf_to_reference > 0 and chrf(text, row.reference) < filters.min_chrf_to_reference:
-        return "far from the reference"
-    return None
+def foreign(text: str, language: str, least: float) -> bool:
+    """Whether the text is long enough to tell its language, and is of `language` with less than this probability.
+
+    Languages that the identifier does not know are never foreign.
+    """
+    code = language.partition("_")[0]
+    identifier, known = _identifier()
+    wanted = _CODES.get(code, frozenset({code})) & known
+    if len(text) < LEAST_TO_IDENTIFY or not wanted:
+        return False
+    return sum(share for name, share in identifier.rank(text) if name in wanted) < least
+
+
+# Languages that the identifier has under other codes, or splits where what is written lies in between.
+_ARABIC = frozenset({"ar", "arz", "ary"})
+_CODES = {
+    **{code: _ARABIC for code in ("ar", "ara", "arz", "ary", "apc", "ars")},
+    **{ours: frozenset({its}) for ours, its in (("ces", "cs"), ("deu", "de"), ("eng", "en"), ("zho", "zh"))},
+    **{code: frozenset({"no", "nb", "nn"}) for code in ("no", "nb", "nob")},
+}
+
+
+@cache
+def _identifier() -> tuple[Any, frozenset[str]]:
+    """A language identifier with its model inside the package, and the codes that it knows."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return identifier, frozenset(identifier.nb_classes)
 
 
 def is_copy(text: str, source: str, reference: str, limit: float) -> bool:
     """Whether the text is more like the source than `limit`, and the reference is not: names and numbers are copied."""
-    return alike(text, source, limit) and not alike(reference, source, limit)
+    return alike(text, source, limit) and not (reference and alike(reference, source, limit))
 
 
 def alike(a: str, b: str, limit: float) -> bool:
-    """Whether more than this share of the characters, 0 to 1, is common and in order (Ratcliff and Obershelp)."""
-    matcher = SequenceMatcher(None, a.casefold(), b.casefold(), autojunk=False)
-    # The first two are cheap upper bounds of the third.
-    return matcher.real_quick_ratio() > limit and matcher.quick_ratio() > limit and matcher.ratio() > limit
+    """Whether more than this share of the characters, 0 to 1, is common and in order."""
+    from rapidfuzz.distance import Indel
+
+    return Indel.normalized_similarity(a.casefold(), b.casefold()) > limit
 
 
 def chrf(text: str, reference: str) -> float:
     """chrF2++ of one sentence, 0 to 100."""
     scorer = metric("chrF2++")
     return scorer.score(scorer.statistics([text], [reference])[0])
-
-
-def counts(found: Sequence[str | None]) -> Mapping[str, int]:
-    """How many rows have each reason, the most frequent first; `kept` before them."""
-    kept = sum(reason is None for reason in found)
-    rejected = [reason for reason in found if reason is not None]
-    order = sorted(set(rejected), key=lambda reason: (-rejected.count(reason), reason))
-    return {"kept": kept, **{reason: rejected.count(reason) for reason in order}}

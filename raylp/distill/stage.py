@@ -1,4 +1,4 @@
-"""The stage that translates the training text with a teacher: Ray Data with vLLM, then filters.
+"""The stage that translates with a teacher: Ray Data with vLLM or an endpoint, then a choice, then filters.
 
 Every translated batch is written at once, whole, to a file of its own; a start after a crash reads those files and asks
 only for what they lack. Nothing depends on the order or the number of tries of Ray Data's tasks.
@@ -8,35 +8,58 @@ import hashlib
 import json
 import logging
 import os
-import secrets
+import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from raylp import cluster
 from raylp.context import Context
-from raylp.data.corpus import Pair, write_jsonl
-from raylp.data.splits import sentence_hash
+from raylp.data.corpus import Pair
+from raylp.data.tokens import words_of
 from raylp.distill.config import Distill
-from raylp.distill.filters import Row, counts, reasons
+from raylp.distill.engine import ask_endpoint, say
+from raylp.distill.filters import HeldOut, Judge, Row, usual_length_ratios
+from raylp.distill.parts import Parts, Said
+from raylp.distill.select import Rate, best, by_chrf, by_likelihood
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
-from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_options
+from raylp.metrics.registry import check as check_metric
+from raylp.metrics.registry import full_name, is_comet
 from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import heartbeat
 
 WORK = ".work/distill"
-LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
+CHUNK = 512  # rows that are chosen, judged and written at a time
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`tokenizer` and `rule` are the student's where the teacher is an endpoint: there, text is all there is."""
+
+    path: Path
+    tokenizer: Any
+    rule: StopRule
+    dtype: str
+
+    def name(self, config: Distill) -> str:
+        """What its translations are filed under."""
+        return f"{config.endpoint} {config.teacher}" if config.endpoint else f"{fingerprint(self.path)} {self.dtype}"
 
 
 def distill(context: Context) -> dict[str, Any]:
     """Writes `distill/teacher.parquet` and `distill/summary.json`.
 
     Columns: id, pair, source, reference, translation, finish (`stop`, `length`, `loop`, `error`), tokens (generated),
-    kept, reason (null where kept). One row for each training source, in their order.
+    kept, reason (null where kept); with several samples also sample and score, the best one's; with `top_k` also
+    token_ids, top_ids and top_logprobs (k for each token, in a row). One row for each source, in their order; no id is
+    there twice.
 
     Raises:
         UserError: the recipe or the cluster is not fit for it, or the engine failed; what is translated is kept.
@@ -44,189 +67,136 @@ def distill(context: Context) -> dict[str, Any]:
     config = context.recipe.distill
     if config is None:
         raise UserError("the recipe has no distill section")
-    pairs = context.splits.train[: config.limit]
+    pairs = (context.splits.train if config.sources == "train" else context.splits.mono)[: config.limit]
     if not pairs:
-        raise UserError("distill: no training pairs to translate; name data.<name>.train")
-    teacher = context.baseline
-    if config.teacher != "base":
-        with context.reporter.task("teacher") as task, heartbeat(task):
-            teacher = locate(config.teacher, tell=context.reporter.line)
-    tokenizer = load_tokenizer(teacher)
-    text_config = read_config(teacher).get_text_config(decoder=True)
-    rule = stop_rule(tokenizer, [text_config, read_generation_config(teacher)], context.prompt.newline)
-    requests = context.prompt.requests(tokenizer, [(pair.source, pair.pair) for pair in pairs])
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-
+        wanted = "training pairs" if config.sources == "train" else "monolingual sentences"
+        raise UserError(f"distill: no {wanted} to translate; name data.<name>.{config.sources}")
+    check(context)
+    teacher = _teacher(context, config)
     began = time.monotonic()
-    work = f"{WORK}/{_digest(teacher, dtype, requests)}"
-    before = len(_read_parts(context, work))
-    if before < len(pairs):
-        _translate(context, config, work, teacher, dtype, requests, rule, max_positions(teacher))
-    done = _read_parts(context, work)
-    assert set(done) == set(range(len(pairs))), "every row is translated once"
-    outputs = [_output(done[i], rule, tokenizer, context.prompt.newline) for i in range(len(pairs))]
-    rows = [
-        Row(pair.pair, pair.source, pair.target, output.text, output.finish)
-        for pair, output in zip(pairs, outputs, strict=True)
-    ]
-    found = reasons(rows, _held_out(context), config.filters)
-    summary = {
-        "schema": 1,
-        "teacher": str(config.teacher),
-        "fingerprint": fingerprint(teacher),
-        "rows": len(pairs),
-        **counts(found),
-        "tokens": sum(len(output.tokens) for output in outputs),
-        "seconds": round(time.monotonic() - began, 1),
-        "found_from_before": before,
-        "engine": {"name": "vllm", "dtype": dtype, "engines": config.engines, "logs": cluster.session_logs()},
-    }
+    asked = _digest(context, config, teacher, pairs)
+    judged = _judged(context, config, asked)
+    if context.rundir.complete("distill"):
+        there = context.rundir.read_json("distill/summary.json")
+        if there.get("of") == judged:
+            return there
+    parts = Parts(context.rundir, f"{WORK}/{asked}", len(pairs), config.samples)
+    before = int(parts.done.sum())
+    if before < len(parts.done):
+        _translate(context, config, teacher, pairs, parts)
+    assert parts.done.all(), "every row is translated"
     with context.rundir.building("distill") as target:
-        _write_parquet(target / "teacher.parquet", pairs, rows, outputs, found)
+        summary = {
+            "schema": 1,
+            "of": judged,
+            "teacher": str(config.teacher),
+            "fingerprint": None if config.endpoint else fingerprint(teacher.path),
+            "words": words_of(teacher.tokenizer),
+            **_write(context, config, teacher, pairs, parts, target / "teacher.parquet"),
+            "found_from_before": before,
+            "engine": {
+                "name": config.endpoint or "vllm",
+                "dtype": None if config.endpoint else teacher.dtype,
+                "engines": config.engines,
+                "logs": cluster.session_logs(),
+            },
+            "seconds": round(time.monotonic() - began, 1),
+        }
         (target / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    context.rundir.remove(work)
+    parts.clear()
     if not summary["kept"]:
-        most = next((reason for reason in counts(found) if reason != "kept"), "")
+        most = max(summary["rejected"], key=lambda reason: summary["rejected"][reason])
         context.reporter.line(f"distill: every row was rejected, most as {most!r}: see distill/teacher.parquet")
     return summary
 
 
-def _digest(teacher: Path, dtype: str, requests: Sequence[Request]) -> str:
+def _teacher(context: Context, config: Distill) -> Teacher:
+    path = context.baseline
+    if config.teacher != "base" and config.endpoint is None:
+        with context.reporter.task("teacher") as task, heartbeat(task):
+            path = locate(config.teacher, tell=context.reporter.line)
+    tokenizer = load_tokenizer(path)
+    text_config = read_config(path).get_text_config(decoder=True)
+    rule = stop_rule(tokenizer, [text_config, read_generation_config(path)], context.prompt.newline)
+    return Teacher(path, tokenizer, rule, "bfloat16" if config.dtype == "auto" else config.dtype)
+
+
+def _digest(context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair]) -> str:
     """What an interrupted run must share with the one that goes on with its translations; 12 hex digits."""
-    digest = hashlib.sha256(f"{fingerprint(teacher)} {dtype}".encode())
-    for request in requests:
-        digest.update(repr(request).encode())
+    asked = [teacher.name(config), config.samples, config.heat, config.top_k, context.prompt.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    for pair in pairs:
+        digest.update(f"{pair.pair}\0{pair.source}\0".encode())
     return digest.hexdigest()[:12]
 
 
-def _read_parts(context: Context, work: str) -> dict[int, dict[str, Any]]:
-    """Rows that are done, by their number: {"index", "tokens", "error"}."""
-    done: dict[int, dict[str, Any]] = {}
-    for name in context.rundir.names(work):
-        if not name.startswith("part-"):
-            continue
-        for line in context.rundir.read_text(f"{work}/{name}").splitlines():
-            row = json.loads(line)
-            assert row["index"] not in done, f"row {row['index']} was translated twice"
-            done[row["index"]] = row
-    return done
+def _judged(context: Context, config: Distill, asked: str) -> str:
+    """All that the finished table depends on: what was asked, how it is judged, and by which other text."""
+    digest = hashlib.sha256(f"{asked}{config.model_dump_json()}".encode())
+    splits = context.splits
+    for pair in (*splits.train, *splits.search, *splits.dev, *(pair for own in splits.test.values() for pair in own)):
+        digest.update(f"{pair.pair}\0{pair.source}\0{pair.target}\0".encode())
+    return digest.hexdigest()[:12]
 
 
-def _translate(
-    context: Context,
-    config: Distill,
-    work: str,
-    teacher: Path,
-    dtype: str,
-    requests: Sequence[Request],
-    rule: StopRule,
-    longest: int | None,
-) -> None:
+def check(context: Context) -> None:
+    """Refuses, before anything is translated, what could only fail after it.
+
+    Raises:
+        UserError: COMET or sentence-transformers is asked for and not there, or a chat prompt for an endpoint.
+    """
+    config = context.recipe.distill
+    assert config is not None
+    for name in config.comets:
+        check_metric(name)
+    if config.filters.min_embedding_similarity is not False and find_spec("sentence_transformers") is None:
+        raise UserError(
+            "distill.filters.min_embedding_similarity needs the package sentence-transformers: pip install it beside "
+            "raylp, or set the filter to false"
+        )
+    if config.endpoint is not None and context.prompt.chat:
+        raise UserError("distill.endpoint is asked for completions, which know no turns: set prompt.chat: false")
+
+
+def _translate(context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair], parts: Parts) -> None:
     """Translates what no part has yet; a part appears for every batch."""
-    done = _read_parts(context, work)
-    missing = [index for index in range(len(requests)) if index not in done]
-    with context.reporter.task("distill", len(requests)) as task:
-        task.update(len(done), "starting Ray")
+    missing = parts.missing()
+    with context.reporter.task("distill", len(parts.done)) as task:
+        task.update(len(parts.done) - len(missing), "starting Ray")
         cluster.start(context.recipe.resources)
-        gpus = _gpus(config)
+        gpus = 0 if config.endpoint else _gpus(config)
         # One CPU for each engine, and one between Ray Data's other stages.
         cluster.require(f"distill with {config.engines} engines", config.engines + 1, gpus)
+        size = config.batch_size
+        batches = [missing[start : start + size].tolist() for start in range(0, len(missing), size)]
+        mean_words = sum(len(pair.source.split()) for pair in pairs) / len(pairs)
+
+        def requests(numbers: Sequence[int]) -> list[tuple[int, Request]]:
+            asked = [
+                (pairs[number // config.samples].source, pairs[number // config.samples].pair) for number in numbers
+            ]
+            made = context.prompt.requests(teacher.tokenizer, asked, mean_words)
+            return list(zip(numbers, made, strict=True))
+
         with heartbeat(task), _engine_logs(context) as log:
-            task.beat("starting vLLM")
+            if config.endpoint is not None:
+                task.beat(f"asking {config.endpoint}")
+                texts = ([(n, teacher.tokenizer.decode(r.tokens, skip_special_tokens=True), r.max_new_tokens)
+                          for n, r in requests(batch)] for batch in batches)  # fmt: skip
+                made = ask_endpoint(config, texts, ["\n"] if context.prompt.newline else [])
+            else:
+                task.beat("starting vLLM")
+                needed = max(len(r.tokens) + r.max_new_tokens for batch in batches for _, r in requests(batch))
+                longest = min(needed, max_positions(teacher.path) or needed)
+                made = say(config, teacher.path, teacher.dtype, map(requests, batches), teacher.rule, longest, gpus)
             try:
-                for part in _run_engine(config, teacher, dtype, requests, missing, rule, longest, gpus):
-                    name = f"{work}/part-{secrets.token_hex(8)}.jsonl"
-                    context.rundir.write_text(name, write_jsonl(part))
+                for part in made:
+                    parts.add(part)
                     task.advance(len(part), "")
             except UserError:
                 raise
             except Exception as error:  # of many classes, the engine's own among them; all end here
                 raise _failure(log, error) from error
-
-
-def _run_engine(
-    config: Distill,
-    teacher: Path,
-    dtype: str,
-    requests: Sequence[Request],
-    missing: Sequence[int],
-    rule: StopRule,
-    longest: int | None,
-    gpus: int,
-) -> Iterator[list[dict[str, Any]]]:
-    """Translated batches as they are done, in any order: rows {"index", "tokens", "error"}."""
-    import pyarrow
-    import ray.data
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-    tables = []
-    for start in range(0, len(missing), config.batch_size):
-        batch = missing[start : start + config.batch_size]
-        prompts = [list(requests[i].tokens) for i in batch]
-        columns = {
-            "index": pyarrow.array(batch, pyarrow.int64()),
-            "tokenized_prompt": pyarrow.array(prompts, pyarrow.list_(pyarrow.int32())),
-            "max_tokens": pyarrow.array([requests[i].max_new_tokens for i in batch], pyarrow.int64()),
-        }
-        tables.append(pyarrow.table(columns))
-    stop = sorted(rule.stop)
-
-    def ask(row: dict[str, Any]) -> dict[str, Any]:
-        params = {"temperature": 0.0, "max_tokens": int(row["max_tokens"]), "stop_token_ids": stop}
-        # The end tokens are among the stops; the text is made here from the tokens, as with every other backend.
-        return {"sampling_params": {**params, "ignore_eos": True, "detokenize": False}}
-
-    # One process for each of the small stages is enough, and on a small machine every process counts.
-    light = {"num_cpus": LIGHT, "compute": ray.data.TaskPoolStrategy(size=1)}
-    needed = max(len(requests[i].tokens) + requests[i].max_new_tokens for i in missing)
-    processor = build_processor(
-        vLLMEngineProcessorConfig(
-            model_source=str(teacher),
-            engine_kwargs=_engine_options(config, teacher, dtype, min(needed, longest or needed), gpus),
-            concurrency=(config.engines, config.engines),
-            batch_size=config.batch_size,
-            # A few batches overlap, so that the engine is never idle; on a CPU more would only be lost in a crash.
-            max_concurrent_batches=8 if gpus else 2,
-            placement_group_config={"bundle_per_worker": {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}},
-            runtime_env={"env_vars": _engine_environment(config, gpus)},
-            should_continue_on_error=True,
-            chat_template_stage=False,
-            tokenize_stage=False,
-            detokenize_stage=False,
-            log_engine_metrics=False,
-        ),
-        preprocess=ask,
-        preprocess_map_kwargs=light,
-        postprocess_map_kwargs=light,
-    )
-    # A block is a batch is a part. Rows that failed would skip a postprocess function and keep all columns: none is
-    # given, so all rows of a block are alike.
-    rows = processor(ray.data.from_arrow(tables))
-    for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        wanted = block.select(["index", "generated_tokens", "__inference_error__"]).to_pylist()
-        yield [
-            {"index": row["index"], "tokens": list(row["generated_tokens"] or []), "error": row["__inference_error__"]}
-            for row in wanted
-        ]
-
-
-def _engine_options(config: Distill, teacher: Path, dtype: str, max_model_len: int, gpus: int) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "generation_config": "vllm",  # the checkpoint's own sampling settings are not wanted
-        "seed": 0,
-        "tensor_parallel_size": config.gpus_per_engine if gpus else 1,
-    }
-    if not gpus:
-        options |= {**cpu_options(teacher, dtype, max_model_len, CPU_SEQUENCES), "worker_cls": CPU_WORKER}
-    return options
-
-
-def _engine_environment(config: Distill, gpus: int) -> dict[str, str]:
-    """Ray gives an actor with one CPU one thread; an engine on the CPU may have all the cores that are its share."""
-    env = {**cluster.worker_env(), "VLLM_LOGGING_LEVEL": "WARNING"}
-    return env if gpus else {**env, "OMP_NUM_THREADS": str(max(1, cluster.cores() // config.engines))}
 
 
 def _gpus(config: Distill) -> int:
@@ -236,38 +206,191 @@ def _gpus(config: Distill) -> int:
     return config.engines * config.gpus_per_engine if ray.cluster_resources().get("GPU", 0) else 0
 
 
-def _output(row: dict[str, Any], rule: StopRule, tokenizer: Any, newline: bool) -> Output:
-    """The text as every other backend gives it; for a row that failed, what went wrong."""
-    if row["error"]:
-        return Output(" ".join(row["error"].split()), (), "error")
-    return to_output(tokenizer, *rule.cut(row["tokens"]), newline)
+@dataclass(frozen=True)
+class Chosen:
+    """The translation of a source that was kept. `spent`: tokens generated for it and those it was chosen from."""
+
+    row: Row
+    said: Said
+    output: Output
+    sample: int
+    score: float | None
+    spent: int
 
 
-def _held_out(context: Context) -> set[tuple[str, str]]:
-    """Sentences of the other splits, sources and targets."""
-    splits = context.splits
-    others = [*splits.search, *splits.dev, *(pair for pairs in splits.test.values() for pair in pairs)]
-    return {(pair.pair, sentence_hash(text)) for pair in others for text in (pair.source, pair.target)}
-
-
-def _write_parquet(
-    path: Path, pairs: Sequence[Pair], rows: Sequence[Row], outputs: Sequence[Output], found: Sequence[str | None]
-) -> None:
-    import pyarrow
+def _write(
+    context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair], parts: Parts, path: Path
+) -> dict[str, Any]:
+    """Chooses, judges and writes, a few rows at a time; what the summary says of it."""
     import pyarrow.parquet
 
+    splits = context.splits
+    others = [*splits.search, *splits.dev, *(pair for own in splits.test.values() for pair in own)]
+    tokens = kept = 0
+    with ExitStack() as stack, context.reporter.task("filter", len(pairs)) as task:
+        rate = _rate(context, config, stack)
+        judge = Judge(
+            config.filters,
+            usual_length_ratios([*splits.train, *others]),
+            HeldOut.of(others),
+            _similarity(config),
+            _comet(context, config, stack),
+        )
+        writer = None
+        said, waiting, names = iter(parts), iter(pairs), unique_ids(pairs)
+        while chunk := list(islice(waiting, CHUNK)):
+            chosen = _choose(context, config, teacher, chunk, said, rate)
+            found = judge.reasons([one.row for one in chosen])
+            table = _table(config, list(islice(names, len(chunk))), chunk, chosen, found)
+            writer = writer or stack.enter_context(pyarrow.parquet.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            tokens += sum(one.spent for one in chosen)
+            kept += found.count(None)
+            task.advance(len(chunk))
+    return {"rows": len(pairs), "kept": kept, "rejected": judge.taken, "samples": config.samples, "tokens": tokens}
+
+
+def unique_ids(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Their ids; of those that several corpora share, all but the first with a number behind, the same in every run."""
+    used: set[str] = set()
+    for pair in pairs:
+        name, number = pair.id, 1
+        while name in used:
+            number += 1
+            name = f"{pair.id}~{number}"
+        used.add(name)
+        yield name
+
+
+def _choose(
+    context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair], said: Iterator[Said], rate: Rate | None
+) -> list[Chosen]:
+    """The best translation of each of `pairs`, whose samples come next in `said`."""
+    each = [list(islice(said, config.samples)) for _ in pairs]
+    outputs = [[_output(one, teacher, context.prompt.newline) for one in samples] for samples in each]
+    rows = [
+        [
+            Row(pair.pair, pair.source, pair.target, output.text, output.finish, _as_said(one, output, teacher))
+            for one, output in zip(samples, own, strict=True)
+        ]
+        for pair, samples, own in zip(pairs, each, outputs, strict=True)
+    ]
+    scores: list[float] = []
+    if rate is not None:
+        likelihoods = [one.logprob / len(one.tokens) if one.logprob is not None else None for s in each for one in s]
+        scores = list(rate([row for own in rows for row in own], likelihoods))
+    chosen = []
+    for place, (samples, own, texts) in enumerate(zip(each, rows, outputs, strict=True)):
+        rated = scores[place * config.samples : (place + 1) * config.samples]
+        number = best(own, rated) if rated else 0
+        spent = sum(len(one.tokens) for one in samples)
+        chosen.append(
+            Chosen(own[number], samples[number], texts[number], number, rated[number] if rated else None, spent)
+        )
+    return chosen
+
+
+def _as_said(said: Said, output: Output, teacher: Teacher) -> str:
+    """The text before its lines are joined; a newline that ends it is no part of it."""
+    if said.error or said.text is not None:
+        return said.text or ""
+    return teacher.tokenizer.decode(output.tokens, skip_special_tokens=True)
+
+
+def _output(said: Said, teacher: Teacher, newline: bool) -> Output:
+    """The text as every other backend gives it; for a row that failed, what went wrong."""
+    if said.error:
+        return Output(said.error, (), "error")
+    if said.text is not None or not said.tokens:
+        return Output((said.text or "").strip(), (), said.finish or "stop")
+    return to_output(teacher.tokenizer, *teacher.rule.cut(said.tokens), newline)
+
+
+def _table(
+    config: Distill, ids: Sequence[str], pairs: Sequence[Pair], chosen: Sequence[Chosen], found: Sequence[str | None]
+) -> Any:
+    import pyarrow
+
     columns = {
-        "id": [pair.id for pair in pairs],
+        "id": list(ids),
         "pair": [pair.pair for pair in pairs],
         "source": [pair.source for pair in pairs],
         "reference": [pair.target for pair in pairs],
-        "translation": [row.translation for row in rows],
-        "finish": [row.finish for row in rows],
-        "tokens": [len(output.tokens) for output in outputs],
+        "translation": [one.row.translation for one in chosen],
+        "finish": [one.row.finish for one in chosen],
+        "tokens": [len(one.output.tokens) for one in chosen],
         "kept": [reason is None for reason in found],
         "reason": pyarrow.array(found, pyarrow.string()),
     }
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    if config.samples > 1:
+        columns["sample"] = [one.sample for one in chosen]
+        columns["score"] = pyarrow.array([one.score for one in chosen], pyarrow.float64())
+    if config.top_k is not None:
+        ends = [len(one.output.tokens) for one in chosen]
+        tops = [one.said.top for one in chosen]
+        columns["token_ids"] = pyarrow.array(
+            [list(one.output.tokens) for one in chosen], pyarrow.list_(pyarrow.int32())
+        )
+        for name, kind in (("ids", pyarrow.int32()), ("logprobs", pyarrow.float16())):
+            values = [getattr(top, name)[:end].ravel() if top else [] for top, end in zip(tops, ends, strict=True)]
+            columns[f"top_{name}"] = pyarrow.array(values, pyarrow.list_(kind))
+    return pyarrow.table(columns)
+
+
+# --- what judges by a model ---
+
+
+def _rate(context: Context, config: Distill, stack: ExitStack) -> Rate | None:
+    """How samples are compared; None where there is only one."""
+    if config.samples == 1:
+        return None
+    if config.by == "likelihood":
+        return by_likelihood
+    if not is_comet(config.by):
+        return by_chrf
+    scores = _comet_scores(context, config.by, stack)
+    return lambda rows, _: scores(rows)
+
+
+def _comet(context: Context, config: Distill, stack: ExitStack) -> Callable[[Sequence[Row]], Sequence[float]] | None:
+    filters = config.filters
+    return _comet_scores(context, filters.comet, stack) if filters.min_comet is not False else None
+
+
+def _comet_scores(context: Context, name: str, stack: ExitStack) -> Callable[[Sequence[Row]], Sequence[float]]:
+    """Scores by a COMET checkpoint, in its own process until the stack ends."""
+    from raylp.metrics.comet import CometScorer
+
+    log = context.rundir.logs() / "comet-distill.log"
+    scorer = stack.enter_context(CometScorer(full_name(name), log=log))
+
+    def scores(rows: Sequence[Row]) -> Sequence[float]:
+        # Of monolingual text there are no references; a checkpoint that needs them says so.
+        with_references = all(row.reference for row in rows)
+        told = ({"ref": row.reference} if with_references else {} for row in rows)
+        return scorer.score([{"src": r.source, "mt": r.translation, **ref} for r, ref in zip(rows, told, strict=True)])
+
+    return scores
+
+
+def _similarity(config: Distill) -> Callable[[Sequence[Row]], Sequence[float]] | None:
+    """Cosines of source and translation by a sentence-transformers model."""
+    if config.filters.min_embedding_similarity is False:
+        return None
+    name = config.filters.embedding_model
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(name, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"distill.filters.embedding_model {name!r} cannot be loaded: {error}", 1) from error
+
+    def similarity(rows: Sequence[Row]) -> list[float]:
+        texts = [row.source for row in rows], [row.translation for row in rows]
+        a, b = (model.encode(list(side), normalize_embeddings=True) for side in texts)
+        return [float(value) for value in (a * b).sum(1)]
+
+    return similarity
 
 
 @contextmanager
@@ -302,7 +425,9 @@ def _failure(log: Path, error: Exception) -> UserError:
     with log.open("a") as stream:
         stream.write(f"{text}\nRay's own logs of the workers: {cluster.session_logs()}\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
+    # Ray Data's own advice on retries may follow the cause.
+    causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*: ", line)] or lines
+    last = causes[-1] if causes else type(error).__name__
     advice = "run again to go on"
     if "memory" in text.lower():
         advice = "lower distill.engines, or raise $VLLM_CPU_KVCACHE_SPACE where it is the cache that is too small"
