@@ -13,11 +13,12 @@ import yaml
 
 from raylp import __version__, cluster
 from raylp.context import Context, Splits
-from raylp.data.corpus import Pair, read_pairs
+from raylp.data.corpus import Pair, read_pairs, read_sources
 from raylp.data.languages import split_pair
 from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
+from raylp.heal.disk import checkpoint_bytes
 from raylp.machine import machine, versions
 from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
@@ -25,7 +26,7 @@ from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
 from raylp.names import REPAIRED, kind_of
 from raylp.progress import Reporter, heartbeat
-from raylp.recipe import Recipe, differences, dump_recipe, parse_recipe
+from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
 from raylp.search.targets import target_of
 
@@ -94,9 +95,23 @@ def wanted_stages(recipe: Recipe) -> list[Stage]:
 
 
 def read_by(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
-    """The splits a stage of this recipe reads: a search that heals candidates also needs text to train on."""
+    """The splits a stage of this recipe reads: a search that heals candidates also needs text to train on, a teacher
+    may have sources of its own, and a training that dev ends or chooses from needs dev.
+    """
+    if stage.name == "distill" and recipe.distill is not None:
+        return (recipe.distill.sources,)
+    if stage.name == "heal" and recipe.heal is not None and recipe.heal.looks_at_dev:
+        return (*stage.splits, "dev")
     heals = stage.name == "search" and recipe.search is not None and recipe.search.heals
     return (*stage.splits, "train") if heals else stage.splits
+
+
+def depends_on(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    """The splits that a stage's result depends on, among them those it can do without: what a teacher says is rejected
+    where it is near any held-out sentence, and of several epochs the best on dev is kept.
+    """
+    further = {"distill": ("train", "search", "dev", "test"), "heal": ("dev",)}
+    return tuple(dict.fromkeys((*read_by(stage, recipe), *further.get(stage.name, ()))))
 
 
 def find_stage(recipe: Recipe, name: str) -> Stage:
@@ -137,6 +152,10 @@ def open_context(recipe: Recipe, reporter: Reporter) -> Context:
         dtype = "bfloat16" if cluster.num_gpus() else "float32"
     context = Context(recipe, rundir, splits, prompt, original, dtype, reporter)
     check_model(context)
+    if recipe.distill is not None and not rundir.complete("distill"):
+        from raylp.distill.stage import check as check_distill
+
+        check_distill(context)
     return context
 
 
@@ -166,6 +185,7 @@ def read_splits(recipe: Recipe) -> Splits:
     """
     joined: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     tests: dict[str, list[Pair]] = {}
+    mono: list[Pair] = []
     for name, corpus in recipe.data.items():
         pair = _pair_of(recipe, name)
         if corpus.path is not None and corpus.cut is not None:
@@ -174,6 +194,8 @@ def read_splits(recipe: Recipe) -> Splits:
         else:
             files = {split: getattr(corpus, split) for split in SPLITS}
             parts = {split: read_pairs(file, pair) for split, file in files.items() if file is not None}
+        if corpus.mono is not None:
+            mono += read_sources(corpus.mono, pair)[: corpus.limit.mono]
         for split, examples in parts.items():
             kept = examples[: getattr(corpus.limit, split)]
             if split == "test":
@@ -184,7 +206,7 @@ def read_splits(recipe: Recipe) -> Splits:
     check_disjoint(
         {**{s: joined[s] for s in ("search", "train", "dev")}, "test": [e for t in tests.values() for e in t]}
     )
-    splits = Splits(joined["search"], joined["train"], joined["dev"], tests)
+    splits = Splits(joined["search"], joined["train"], joined["dev"], tests, mono)
     for stage in wanted_stages(recipe):
         given = recipe.search is not None and recipe.search.given is not None
         for split in read_by(stage, recipe):
@@ -260,16 +282,18 @@ def outputs_there(context: Context, stage: str) -> bool:
         "adapt": ["adapted"],
         "prune": [name for name in names if kind_of(name) == "pruned"] or ["pruned"],
         "repair": [name for name in names if kind_of(name) in REPAIRED.values()] or ["repaired"],
-        "heal": [*([name for name in names if kind_of(name) == "healed"] or ["healed"]), "baseline-healed"],
+        "heal": [name for name in names if kind_of(name) == "healed"] or ["healed"],
     }
     files = {"search": "plan.json", "evaluate": "evaluate.json", "bench": "bench.json"}
+    if context.recipe.heal is not None and context.recipe.heal.baseline:
+        models["heal"].append("baseline-healed")
     if stage in models:
         return all(rundir.complete(f"models/{name}") for name in models[stage])
     return rundir.complete("distill") if stage == "distill" else rundir.exists(files[stage])
 
 
 def check_same_recipe(rundir: RunDir, recipe: Recipe) -> None:
-    """A run directory belongs to one recipe; only resources, serve, bench and cache may change.
+    """A run directory belongs to one recipe; only resources, serve, bench, cache and `FREE_KEYS` may change.
 
     Raises:
         UserError: with the keys, old and new values.
@@ -288,14 +312,15 @@ def check_same_recipe(rundir: RunDir, recipe: Recipe) -> None:
 
 def fingerprints(context: Context) -> dict[str, str]:
     """For each stage, a hash of everything its result depends on: its section, data, prompt, model, stages before."""
-    recipe = context.recipe.model_dump(mode="json")
-    data = {"search": context.splits.search, "train": context.splits.train, "dev": context.splits.dev}
+    recipe, splits = binding(context.recipe), context.splits
+    rows: dict[str, list[Any]] = {
+        split: [[e.id, e.source, e.target, e.pair] for e in getattr(splits, split)]
+        for split in ("search", "train", "dev", "mono")
+    }
+    rows["test"] = [[n, e.id, e.source, e.target] for n, own in splits.test.items() for e in own]
     found: dict[str, str] = {}
     for stage in wanted_stages(context.recipe):
-        splits = [data[split] for split in read_by(stage, context.recipe) if split in data]
-        examples: Any = [[e.id, e.source, e.target, e.pair] for split in splits for e in split]
-        if "test" in stage.splits:
-            examples = [[n, e.id, e.source, e.target] for n, es in context.splits.test.items() for e in es]
+        examples = [row for split in depends_on(stage, context.recipe) for row in rows[split]]
         content = [
             {key: recipe[key] for key in stage.sections},
             [found[name] for name in stage.needs if name in found],
@@ -345,10 +370,13 @@ def needed_disk(context: Context) -> int:
     copies = 0
     if context.recipe.search is not None:
         copies += 1 + (len(context.recipe.repair.methods) if context.recipe.repair is not None else 0)
+    checkpoints = 0
     if context.recipe.heal is not None:
         copies += {"after": 2, "before": 1, "both": 3}[context.recipe.heal.when]
+        checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
     there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))
-    return max(0, copies - there) * size + 200_000_000
+    left = max(0, copies - there)
+    return left * size + (checkpoints if left else 0) + 200_000_000
 
 
 def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints: dict[str, str]) -> None:
@@ -371,6 +399,8 @@ def _data_entry(context: Context) -> dict[str, Any]:
 
     splits = context.splits
     shared = {name: entry(getattr(splits, name)) for name in ("search", "train", "dev")}
+    if splits.mono:
+        shared["mono"] = entry(splits.mono)
     return {**shared, **{f"test {name}": entry(examples) for name, examples in splits.test.items()}}
 
 

@@ -13,6 +13,7 @@ from raylp.data.prompt import DEFAULT_TEMPLATE, Bound
 from raylp.distill.config import Distill
 from raylp.errors import UserError
 from raylp.evaluate.config import Evaluate
+from raylp.heal.config import FREE as HEAL_FREE
 from raylp.heal.config import Heal
 from raylp.names import REPAIRED
 from raylp.repair.config import Repair
@@ -21,6 +22,7 @@ from raylp.serve.config import Serve
 
 # A run directory goes on when these change; every other change makes it another run.
 FREE_SECTIONS = ("resources", "serve", "bench", "cache", "run_dir")
+FREE_KEYS = tuple(f"heal.{key}" for key in HEAL_FREE)
 
 File = str | list[str]
 
@@ -49,13 +51,15 @@ class Limits(Section):
     train: int | None = Field(None, ge=1)
     dev: int | None = Field(None, ge=1)
     test: int | None = Field(None, ge=1)
+    mono: int | None = Field(None, ge=1)
 
 
 class Corpus(Section):
     """One source of parallel text: a file for each split, or `path` with `cut`.
 
     `pair` is what follows the last `:` of the corpus's name, unless it is given. A file is .jsonl, .tsv, or a list of
-    two text files, source and target; relative paths start at the recipe.
+    two text files, source and target; relative paths start at the recipe. `mono`: source text alone, .txt or .jsonl,
+    for a teacher to translate.
     """
 
     pair: str | None = None
@@ -63,6 +67,7 @@ class Corpus(Section):
     train: File | None = None
     dev: File | None = None
     test: File | None = None
+    mono: str | None = None
     path: File | None = None
     cut: Cut | None = None
     limit: Limits = Limits()
@@ -74,7 +79,7 @@ class Corpus(Section):
             raise ValueError("path and cut belong together: cut says how many pairs each split takes from path")
         if self.path is not None and any(files):
             raise ValueError("give either one file for each split or path with cut, not both")
-        if self.path is None and not any(files):
+        if self.path is None and not any([*files, self.mono]):
             raise ValueError("no files: name search, train, dev, test, or path with cut")
         return self
 
@@ -141,6 +146,10 @@ class Recipe(Section):
         if start not in made:
             method = next(method for method, kind in REPAIRED.items() if kind == start)
             raise ValueError(f"heal.start: {start} needs repair.methods to name {method!r}")
+        if self.heal is not None and self.heal.loss.stored and (self.distill is None or self.distill.top_k is None):
+            raise ValueError("heal.loss.teacher: stored learns from probabilities that distill.top_k keeps: set it")
+        if self.heal is not None and self.heal.teacher_share is not None and self.distill is None:
+            raise ValueError("heal.teacher_share is of a teacher's translations: add a section 'distill:'")
         return self
 
 
@@ -192,11 +201,23 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
     if evaluate is not None:
         metrics = [str((base / name).resolve()) if name.startswith(".") else name for name in evaluate.metrics]
         evaluate = evaluate.model_copy(update={"metrics": metrics})
+    distill = recipe.distill
+    if distill is not None:
+        filters = distill.filters.model_copy(update={"comet": _near(distill.filters.comet, base)})
+        update = {"teacher": _near(distill.teacher, base), "by": _near(distill.by, base), "filters": filters}
+        distill = distill.model_copy(update=update)
     search = recipe.search
     if search is not None:
         objective = {str((base / n).resolve()) if n.startswith(".") else n: w for n, w in search.objective.items()}
         search = search.model_copy(update={"objective": objective})
-    return recipe.model_copy(update={"data": data, "model": model, "search": search, "evaluate": evaluate})
+    return recipe.model_copy(
+        update={"data": data, "model": model, "search": search, "distill": distill, "evaluate": evaluate}
+    )
+
+
+def _near(name: str, base: Path) -> str:
+    """A path that starts with a dot starts at the recipe; other names stay."""
+    return str((base / name).resolve()) if name.startswith(".") else name
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -208,8 +229,17 @@ def dump_recipe(recipe: Recipe) -> str:
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """Keys outside the free sections whose values differ: (key, old, new)."""
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_SECTIONS]
+    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def binding(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's sections as mappings, without the keys that change no result."""
+    content = recipe.model_dump(mode="json")
+    for section, key in (place.split(".") for place in FREE_KEYS):
+        if content[section] is not None:
+            del content[section][key]
+    return content
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -231,7 +261,7 @@ def _anchor(corpus: Corpus, base: Path) -> Corpus:
         return str((base / file).resolve())
 
     return corpus.model_copy(
-        update={key: absolute(getattr(corpus, key)) for key in ("search", "train", "dev", "test", "path")}
+        update={key: absolute(getattr(corpus, key)) for key in ("search", "train", "dev", "test", "mono", "path")}
     )
 
 

@@ -26,14 +26,17 @@ from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
+from raylp.heal.disk import checkpoint_bytes, trained_parameters
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.loop import _packing, _Worker
 from raylp.heal.pack import loss_sum, pack, packed_length
-from raylp.heal.stage import heal, heal_model
+from raylp.heal.stage import adapting, heal, heal_model
 from raylp.heal.trainable import make_trainable, merge, save_trained
+from raylp.metrics.ngram import metric
 from raylp.models.checkpoint import card_for, count_parameters, read_card, save_checkpoint
 from raylp.models.load import load_model, stored_dtype
 from raylp.models.stack import find_stack, text_config
+from raylp.pipeline import read_splits
 from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.rundir import RunDir
@@ -171,6 +174,67 @@ def test_what_is_learned_from() -> None:
     assert targets("authentic") == ["target 0", "target 1"]
     assert targets("teacher") == ["target 0", "other 1"]
     assert targets("both") == ["target 0", "target 1", "other 1"]
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.5, (20, 20)), (0.8, (5, 20)), (0.1, (60, 7))])
+def test_authentic_and_teacher_data_are_mixed_by_a_share(share: float, counts: tuple[int, int]) -> None:
+    authentic = [Pair(str(i), f"s{i}", f"t{i}", "xx-yy") for i in range(60)]
+    teacher = [
+        {"id": str(i), "source": f"s{i}", "translation": f"u{i}", "pair": "xx-yy", "kept": True} for i in range(20)
+    ]
+    found = choose(authentic, teacher, "both", {}, share)
+    assert tuple(sum(pair.id.startswith("teacher:") is taught for pair in found) for taught in (False, True)) == counts
+    assert found == choose(authentic, teacher, "both", {}, share)
+    assert len(choose(authentic, teacher, "both", {})) == 80
+
+
+@given(st.integers(1, 200), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 60)))
+def test_looks_are_regular_and_the_last_step_is_one(per_epoch: int, epochs: int, every: int | None) -> None:
+    steps = per_epoch * epochs
+    looks = plan.looks(steps, epochs, every)
+    assert max(looks) == steps and min(looks) >= 1
+    assert looks - {steps} == {step for step in range(1, steps) if step % (every or per_epoch) == 0}
+
+
+def test_training_ends_when_looks_are_no_better() -> None:
+    losses = {10: 2.0, 20: 1.5, 30: 1.6, 40: 1.5}
+    assert plan.best_look(losses, False) == 20 and plan.best_look({1: 30.0, 2: 41.0, 3: 41.0}, True) == 2
+    assert plan.no_better(losses, False, 2)
+    assert not plan.no_better(losses, False, 3) and not plan.no_better(losses, False, None)
+    assert not plan.no_better({}, True, 1)
+
+
+def test_rows_that_cannot_be_packed_have_little_padding() -> None:
+    rng = random.Random(3)
+    examples = [Example(tuple(range(rng.randrange(5, 200))), (1, 2, 3), "en-de") for _ in range(64)]
+    rows = [[examples[i] for i in row] for share in plan.divide(range(64), examples, 2, 10**6, False) for row in share]
+    assert sum(len(row) for row in rows) == 64
+    assert sum(plan.padding(row, False) for row in rows) <= 0.05 * sum(plan.size(row, False) for row in rows)
+    assert any(len(row) > 1 for row in rows) and plan.padding(examples, True) == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_disk_for_checkpoints_is_known_before_the_start(method: str) -> None:
+    source = toy.tiny_random("gemma3_text")
+    heal = Heal(method=method, keep="last")
+    learned = sum(p.numel() for p in make_trainable(load_model(source), heal).parameters() if p.requires_grad)
+    assert trained_parameters(source, heal) == pytest.approx(learned, rel=0.02)
+    assert checkpoint_bytes(source, heal) == 48 * trained_parameters(source, heal)
+
+
+def test_adapting_needs_no_teacher() -> None:
+    stored = {"cross_entropy": 1, "distillation": 1, "teacher": "stored"}
+    config = adapting(Heal.model_validate({"when": "both", "teacher_share": 0.5, "loss": stored}))
+    assert Heal.model_validate(config.model_dump()) == config
+    authentic = [Pair("1", "a", "b", "xx-yy")]
+    assert choose(authentic, [], config.data, {}, config.teacher_share, config.loss.stored) == authentic
+
+
+def test_where_both_say_the_same_the_one_with_probabilities_stays() -> None:
+    authentic = [Pair("1", "a", "b", "xx-yy"), Pair("2", "c", "d", "xx-yy")]
+    teacher = [{"id": "1", "source": "a", "translation": "b", "pair": "xx-yy", "kept": True}]
+    assert [pair.id for pair in choose(authentic, teacher, "both", {})] == ["1", "2"]
+    assert [pair.id for pair in choose(authentic, teacher, "both", {}, None, True)] == ["teacher:1", "2"]
 
 
 def test_long_examples_are_left_out_not_cut() -> None:
@@ -342,6 +406,79 @@ def test_the_unpruned_model_teaches(toy_data: dict[str, Path], tmp_path: Path, r
     assert after > before + 0.1
 
 
+@pytest.mark.slow
+def test_the_best_look_by_chrf_is_kept_and_ends_the_training(
+    toy_data: dict[str, Path], tmp_path: Path, ray_session: None
+) -> None:
+    """An actor translates dev beside the training; what it found best is what is merged."""
+    context = make_context(tmp_path, toy_data, epochs=6, keep="chrF++", look_every=5, patience=2)
+    found = heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+    scores = {record["step"]: record["dev_chrf"] for record in records(tmp_path) if "dev_chrf" in record}
+    assert len(scores) >= 3 and found["dev_chrf"] == max(scores.values()) == scores[found["kept"]]
+    assert found["kept"] == plan.best_look(scores, True)
+    assert found["steps"] < 6 * 13 and found["steps"] % 5 == 0, "it ended by itself"
+    assert plan.no_better({step: score for step, score in scores.items() if step < found["steps"]}, True, 2)
+    rows = read_pairs(toy_data["dev"], "xx-yy")
+    said = toy.translate(load_model(tmp_path / "models" / "healed-5"), [row.source for row in rows])
+    chrf = metric("chrF2++")
+    assert chrf.score(chrf.statistics(said, [row.target for row in rows]).sum(0)) == pytest.approx(found["dev_chrf"])
+    assert not [place for place in ("heal", "heal-looks") if list((tmp_path / ".work" / place).iterdir())]
+
+
+def test_dev_is_asked_for_before_the_start(toy_data: dict[str, Path], tmp_path: Path) -> None:
+    without = {split: file for split, file in toy_data.items() if split != "dev"}
+    recipe = parse_recipe(toy_recipe(toy.toy_model(), without, tmp_path, search={"remove": 1}, heal={"patience": 2}))
+    with pytest.raises(UserError, match="heal needs a dev split"):
+        read_splits(recipe)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, toy_data: dict[str, Path], ray_session: None) -> Path:
+    """The run directory of a model healed by one worker in the plainest way, for an epoch."""
+    run = tmp_path_factory.mktemp("plain")
+    context = make_context(run, toy_data, epochs=1)
+    heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 2, "zero_stage": 3, "offload": "all"},
+        {"zero_stage": 1, "offload": "optimizer", "gradient_checkpointing": True, "packing": "off"},
+    ],
+    ids=["two workers share the weights", "offloaded, computed twice, padded"],
+)
+def test_how_it_is_computed_changes_nothing(
+    plain: Path, toy_data: dict[str, Path], tmp_path: Path, options: dict[str, object]
+) -> None:
+    """The same loss at every step to 1e-4, and the same checkpoint."""
+    context = make_context(tmp_path, toy_data, epochs=1, **options)
+    heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+    for mine, other in zip(records(tmp_path), records(plain), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    ours, theirs = (dict(load_model(run / "models" / "healed-5").named_parameters()) for run in (tmp_path, plain))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_over_four_bits_heal_the_weights_as_they_were(
+    toy_data: dict[str, Path], tmp_path: Path, ray_session: None
+) -> None:
+    context = make_context(tmp_path, toy_data, method="qlora", lora={"rslora": True})
+    heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+    steps = records(tmp_path)
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    before, after = (right(tmp_path / "models" / name, toy_data) for name in ("pruned-5", "healed-5"))
+    assert after > before + 0.2
+    ours, whole = (dict(load_model(tmp_path / "models" / n).named_parameters()) for n in ("healed-5", "pruned-5"))
+    for name in ours:
+        if "norm" in name or "embed" in name:
+            assert torch.equal(ours[name], whole[name]), "not rounded to four bits"
+
+
 def test_healing_without_data_says_what_is_missing(toy_data: dict[str, Path], tmp_path: Path) -> None:
     context = make_context(tmp_path, toy_data, data="teacher")
     with pytest.raises(UserError, match="no teacher data; run 'raylp distill' first"):
@@ -358,31 +495,53 @@ from pathlib import Path
 from test_heal import REMOVED, make_context
 from raylp.heal.stage import heal_model
 run, data = Path(sys.argv[1]), {k: Path(v) for k, v in json.loads(sys.argv[2]).items()}
-context = make_context(run, data)
+context = make_context(run, data, **json.loads(sys.argv[3]))
 heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
 """
+
+
+def driver(run: Path, data: dict[str, Path], **section: object) -> subprocess.Popen:
+    """A process that heals in `run`, with a Ray of its own."""
+    files = json.dumps({split: str(file) for split, file in data.items()})
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    env["PYTHONPATH"] = str(Path(__file__).parent)
+    command = [sys.executable, "-c", DRIVER, str(run), files, json.dumps(section)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def killed_on_the_way(run: Path, data: dict[str, Path], **section: object) -> list[dict]:
+    """Kills such a process as soon as a checkpoint is there; the steps that the last one holds."""
+    first = driver(run, data, **section)
+    deadline = time.monotonic() + 400
+    work = run / ".work" / "heal"
+    while not list(work.glob("*/checkpoint_*/state.json")) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    states = [json.loads(state.read_text()) for state in work.glob("*/checkpoint_*/state.json")]
+    assert states and not any(state["finished"] for state in states), "it was killed in the middle"
+    return max((state["history"] for state in states), key=len)
 
 
 @pytest.mark.faults
 def test_a_killed_driver_goes_on_at_its_last_checkpoint(
     healed: Path, toy_data: dict[str, Path], tmp_path: Path
 ) -> None:
-    arguments = [sys.executable, "-c", DRIVER, str(tmp_path), json.dumps({k: str(v) for k, v in toy_data.items()})]
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    env["PYTHONPATH"] = str(Path(__file__).parent)
-    first = subprocess.Popen(arguments, env=env)
-    deadline = time.monotonic() + 400
-    work = tmp_path / ".work" / "heal"
-    while not list(work.glob("*/checkpoint_*/state.json")) and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    states = [json.loads(state.read_text()) for state in work.glob("*/checkpoint_*/state.json")]
-    assert states and not any(state["finished"] for state in states), "it was killed in the middle"
-    kept = max((state["history"] for state in states), key=len)
-    subprocess.run(arguments, env=env, timeout=600, check=True)
+    """With another number of workers, in other portions: neither changes a step."""
+    kept = killed_on_the_way(tmp_path, toy_data)
+    second = driver(tmp_path, toy_data, workers=2, row_tokens=500, checkpoint_every=7)
+    assert (second.communicate(timeout=600)[1], second.returncode)[1] == 0
     steps = records(tmp_path)
     assert steps[: len(kept)] == kept, "steps before the checkpoint were not computed again"
     assert [record["step"] for record in steps] == list(range(1, 27))
     for mine, other in zip(steps, records(healed), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+@pytest.mark.faults
+def test_sharded_checkpoints_ask_for_their_number_of_workers(toy_data: dict[str, Path], tmp_path: Path) -> None:
+    killed_on_the_way(tmp_path, toy_data, workers=2, zero_stage=2)
+    second = driver(tmp_path, toy_data, workers=1, zero_stage=2)
+    told = second.communicate(timeout=600)[1]
+    assert second.returncode == 1
+    assert "is of 2 workers with heal.zero_stage: 2" in told and "set heal.workers=2" in told

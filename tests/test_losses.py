@@ -1,10 +1,13 @@
 """Losses against a teacher: torch's own divergence, sums that do not depend on rows, and layers that do nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import toy
 from test_heal import random_examples
 
+from raylp.data.tokens import Example, Top
 from raylp.errors import UserError
 from raylp.heal.config import Loss
 from raylp.heal.losses import Teacher, correspondence, distance, divergence, losses
@@ -103,6 +106,32 @@ def test_sums_do_not_depend_on_rows(family):
     for name in ("cross_entropy", "distillation", "hidden"):
         assert float(padded[name]) == pytest.approx(float(packed[name]), rel=1e-4)
         assert float(sum(part[name] for part in parts)) == pytest.approx(float(packed[name]), rel=1e-4)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_what_is_stored_teaches_as_the_teacher_itself(packed, direction):
+    """The first words of the teacher, kept for some of the examples: the same divergence on those, none on the rest."""
+    student, teacher = load_model(toy.tiny_random("llama")).double(), load_model(toy.tiny_random("llama"))
+    examples = random_examples(5)
+    config = text_config(student)
+    options = Loss(distillation=1.0, top_k=8, direction=direction, temperature=1.5)
+
+    def kept(example: Example) -> Example:
+        tokens = torch.tensor([[*example.prompt, *example.target]])
+        with torch.no_grad():
+            logits = teacher(input_ids=tokens, use_cache=False).logits[0, len(example.prompt) - 1 : -1]
+        values, ids = logits.log_softmax(-1).topk(8)
+        return replace(example, top=Top(ids.int().numpy(), values.half().numpy()))
+
+    some = [kept(example) if place % 2 else example for place, example in enumerate(examples)]
+    with without_layers(student, (2, 3)):
+        found = losses(student, some, config, packed, 0, options.model_copy(update={"teacher": "stored"}))
+        taught = Teacher(teacher, correspondence(6, (2, 3)))
+        wanted = losses(student, examples[1::2], config, packed, 0, options, taught)
+        none = losses(student, examples, config, packed, 0, options.model_copy(update={"teacher": "stored"}))
+    assert float(found["distillation"]) == pytest.approx(float(wanted["distillation"]), rel=0.02)
+    assert float(none["distillation"]) == 0
 
 
 def test_a_loss_of_nothing_is_refused(toy_checkpoint, toy_data, tmp_path):

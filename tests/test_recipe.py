@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from raylp.errors import UserError
-from raylp.recipe import differences, dump_recipe, load_recipe, parse_recipe
+from raylp.recipe import binding, differences, dump_recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 GOOD = {"model": "a/b", "data": {"en-de": {"test": "t.tsv"}}, "search": {"remove": 3}, "run_dir": "runs/x"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_our_own_recipes(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
@@ -29,7 +29,7 @@ def test_our_own_recipes(path: Path) -> None:
         ),
         ({"search": {"remove": "many"}}, "search.remove: Input should be a valid integer"),
         ({"search": {"remove": 1, "layers": 2}}, "set one of layers"),
-        ({"heal": {"method": "magic"}}, "heal.method: Input should be 'lora' or 'full'"),
+        ({"heal": {"method": "magic"}}, "heal.method: Input should be 'lora', 'qlora' or 'full'"),
         ({"data": {}}, "data"),
         ({"data": {"en-de": {}}}, "no files"),
         ({"data": {"en-de": {"path": "x.tsv"}}}, "path and cut belong together"),
@@ -74,8 +74,23 @@ def test_stages_that_are_off_and_on() -> None:
     assert parse_recipe({**GOOD, "search": False}).search is None
 
 
+def test_what_heals_needs_from_a_teacher_is_there() -> None:
+    stored = {"loss": {"distillation": 1, "teacher": "stored"}}
+    for sections, said in (
+        ({"heal": stored, "distill": {}}, "probabilities that distill.top_k keeps"),
+        ({"heal": {"teacher_share": 0.5}}, "add a section 'distill:'"),
+        ({"heal": {**stored, "data": "authentic"}}, "is about teacher data"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parse_recipe({**GOOD, **sections})
+    assert parse_recipe({**GOOD, "heal": stored, "distill": {"top_k": 8}}).heal is not None
+
+
 def test_only_free_sections_may_change() -> None:
     old = parse_recipe(GOOD)
     assert differences(old, parse_recipe({**GOOD, "bench": {"requests": 3}, "resources": {"workers": 2}})) == []
     assert differences(old, parse_recipe({**GOOD, "search": {"remove": 4}})) == [("search.remove", 3, 4)]
     assert ("heal.epochs", None, 1) in differences(old, parse_recipe({**GOOD, "heal": {}}))
+    healed = parse_recipe({**GOOD, "heal": {"workers": 2}})
+    assert differences(healed, parse_recipe({**GOOD, "heal": {"row_tokens": 64, "checkpoint_every": 5}})) == []
+    assert "workers" not in binding(healed)["heal"] and binding(healed)["heal"]["epochs"] == 1

@@ -16,29 +16,35 @@ from raylp.heal.config import Heal
 from raylp.heal.losses import Teacher, correspondence, losses
 from raylp.heal.pack import loss_sum, why_not_packed
 from raylp.heal.trainable import make_trainable, save_trained
-from raylp.models.load import load_model, load_tokenizer
+from raylp.models.load import load_model, load_quantised, load_tokenizer
 from raylp.models.stack import find_stack, text_config
 
 STATE = "state.json"
 BEST = "best.safetensors"
 TAG = "engine"
-MEMORY_ADVICE = "out of memory: lower heal.row_tokens (the result stays the same) or heal.batch_size"
+STEPS_OF_A_BLOCK = 64
+MEMORY_ADVICE = (
+    "out of memory: lower heal.row_tokens or set heal.gradient_checkpointing=true (the result stays the same), share "
+    "the model out with heal.zero_stage and heal.workers, or set heal.method=qlora"
+)
 
 
 def train(job: dict[str, Any]) -> None:
     """Trains until the plan's last step; the last checkpoint it reports holds the trained weights (`save_trained`).
 
-    `job`: `source` (checkpoint directory), `heal` (the section as a dict), `dtype`, `train` and `dev` (references to
-    lists of `Example`), `board` (an actor that is told of every step); `teacher` (the checkpoint that was pruned) and
-    `removed` (its layers that `source` lacks), for losses that need it.
+    `job`: `source` (checkpoint directory), `heal` (the section as a dict), `dtype`, `train` (references to blocks of
+    steps, each a list of steps' lists of `Example`), `steps` (how many), `dev` (a reference to a list of `Example`),
+    `board` (an actor that is told of every step); `scorer` (an actor that translates dev), where the recipe asks for
+    it; `teacher` (the checkpoint that was pruned) and `removed` (its layers that `source` lacks), for losses that need
+    them.
     """
     import ray
     import ray.train
 
     config = Heal.model_validate(job["heal"])
-    train_examples, dev_examples = ray.get(job["train"]), ray.get(job["dev"])
+    batches, dev_examples = Batches(job["train"]), ray.get(job["dev"])
     context = ray.train.get_context()
-    worker = _Worker(context.get_world_rank(), context.get_world_size(), config, job["board"])
+    worker = _Worker(context.get_world_rank(), context.get_world_size(), config, job["board"], job.get("scorer"))
     # Ray Train starts the workers again after any failure; some need the user first.
     if ray.get(job["board"].given_up.remote()) is not None:
         return
@@ -46,10 +52,10 @@ def train(job: dict[str, Any]) -> None:
     if checkpoint is not None and _state(checkpoint)["finished"]:
         return
     try:
-        _prepare_and_run(job, config, worker, train_examples, dev_examples, checkpoint)
+        _prepare_and_run(job, config, worker, batches, dev_examples, checkpoint)
     except (UserError, MemoryError, RuntimeError) as error:
         if isinstance(error, UserError):
-            ray.get(job["board"].give_up.remote(str(error)))
+            ray.get(job["board"].give_up.remote(str(getattr(error, "cause", None) or error)))
         elif is_out_of_memory(str(error)):
             ray.get(job["board"].give_up.remote(f"{MEMORY_ADVICE} ({error})"))
         raise  # so that Ray Train stops the other workers, which may wait for this one
@@ -64,7 +70,7 @@ def _prepare_and_run(
     job: dict[str, Any],
     config: Heal,
     worker: "_Worker",
-    train_examples: Sequence[Example],
+    batches: "Batches",
     dev_examples: Sequence[Example],
     checkpoint: Any | None,
 ) -> None:
@@ -82,18 +88,21 @@ def _prepare_and_run(
         raise UserError(
             f"{source} is not on every machine of the cluster: put the run directory on a shared file system"
         )
-    model = load_model(source, job["dtype"], device)
+    load = load_quantised if config.method == "qlora" else load_model
+    model = load(source, job["dtype"], device)
     worker.text_config = text_config(model)
     worker.pad = load_tokenizer(source).pad_token_id or 0
-    worker.packed = _packing(model, worker, train_examples)
-    if config.loss.taught:
+    worker.packed = _packing(model, worker, [example for batch in batches.block(0) for example in batch])
+    if config.loss.needs_base:
         worker.layers = list(model.get_submodule(find_stack(model).path))
         worker.teacher = _teacher(Path(job["teacher"]), job, model, device)
     torch.manual_seed(config.seed)  # adapters start at random: alike on all workers
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = make_trainable(model, config)
     model.train()
     engine = _engine(model, config, job["dtype"])
-    _run(engine, worker, train_examples, dev_examples, checkpoint)
+    _run(engine, worker, batches, job["steps"], dev_examples, checkpoint)
 
 
 def _teacher(path: Path, job: dict[str, Any], student: Any, device: str) -> Teacher:
@@ -108,14 +117,41 @@ def _teacher(path: Path, job: dict[str, Any], student: Any, device: str) -> Teac
     return Teacher(model, layers)
 
 
+class Batches:
+    """Every step's examples, from blocks of steps in Ray's object store; one block is in memory at a time.
+
+    `train`: references to the blocks, each of `STEPS_OF_A_BLOCK` steps but the last.
+    """
+
+    def __init__(self, train: Sequence[Any]) -> None:
+        self.train = train
+        self.held: tuple[int, list[list[Example]]] = -1, []
+
+    def block(self, number: int) -> list[list[Example]]:
+        """The examples of its steps; the next block is on its way to this machine meanwhile."""
+        import ray
+
+        if self.held[0] != number:
+            self.held = number, ray.get(self.train[number])
+            if number + 1 < len(self.train):
+                ray.wait([self.train[number + 1]], timeout=0)
+        return self.held[1]
+
+    def of(self, step: int) -> list[Example]:
+        """The examples of this step, counted from 1."""
+        number, place = divmod(step - 1, STEPS_OF_A_BLOCK)
+        return self.block(number)[place]
+
+
 class _Worker:
     """This process's place in the run, and how it computes losses."""
 
-    def __init__(self, rank: int, count: int, config: Heal, board: Any) -> None:
+    def __init__(self, rank: int, count: int, config: Heal, board: Any, scorer: Any = None) -> None:
         self.rank = rank
         self.count = count
         self.config = config
         self.board = board
+        self.scorer = scorer
         self.text_config: Any = None
         self.pad = 0
         self.packed = False
@@ -142,10 +178,26 @@ class _Worker:
             model, examples, self.text_config, self.packed, self.pad, self.config.loss, self.teacher, self.layers
         )
 
-    def rows(self, batch: Sequence[int], examples: Sequence[Example]) -> list[list[Example]]:
+    def rows(self, batch: Sequence[Example]) -> list[list[Example]]:
         """This worker's rows of the batch; an empty row is work for the others only."""
-        mine = plan.divide(batch, examples, self.count, self.config.row_tokens, self.packed)[self.rank]
-        return [[examples[i] for i in row] for row in mine]
+        mine = plan.divide(range(len(batch)), batch, self.count, self.config.row_tokens, self.packed)[self.rank]
+        return [[batch[i] for i in row] for row in mine]
+
+    def enough(self, history: Sequence[dict[str, Any]]) -> bool:
+        """Whether the looks so far say that it gets no better; the same for all workers."""
+        import ray
+
+        config = self.config
+        if config.patience is None:
+            return False
+        if config.keep == "loss":
+            return plan.no_better(_dev_losses(history), False, config.patience)
+        told = False
+        if self.rank == 0:
+            scores = ray.get(self.board.scores.remote())
+            so_far = {step: score for step, score in scores.items() if step <= len(history)}
+            told = plan.no_better(so_far, True, config.patience)
+        return self.total(float(told)) > 0
 
     def total(self, value: float) -> float:
         """The sum of `value` over all workers."""
@@ -189,49 +241,78 @@ def _engine(model: Any, config: Heal, dtype: str) -> Any:
             "bf16": {"enabled": dtype == "bfloat16"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
             "steps_per_print": 10**9,
         },
     )
     return engine
 
 
+def _offload(config: Heal) -> dict[str, Any]:
+    parts = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[config.offload]
+    return {f"offload_{part}": {"device": "cpu"} for part in parts}
+
+
 def _run(
-    engine: Any, worker: _Worker, examples: Sequence[Example], dev: Sequence[Example], checkpoint: Any | None
+    engine: Any, worker: _Worker, batches: Batches, num_steps: int, dev: Sequence[Example], checkpoint: Any | None
 ) -> None:
     config = worker.config
-    steps = plan.steps(len(examples), config.batch_size, config.epochs, config.seed)
-    per_epoch = len(steps) // config.epochs
+    looks = plan.looks(num_steps, config.epochs, config.look_every) if dev else frozenset()
     history: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     if checkpoint is not None:
-        history = _state(checkpoint)["history"]
+        state = _state(checkpoint)
+        history = state["history"]
+        _check_workers(worker, state)
         best = _load(engine, checkpoint)
     start = len(history)
-    for step in range(start + 1, len(steps) + 1):
+    for step in range(start + 1, num_steps + 1):
         if step == start + 1:
             worker.say("learning")
-        rate = plan.learning_rate(step, len(steps), config.learning_rate, config.warmup, config.schedule)
-        epoch = (step - 1) // per_epoch + 1
+        rate = plan.learning_rate(step, num_steps, config.learning_rate, config.warmup, config.schedule)
+        epoch = (step - 1) // (num_steps // config.epochs) + 1
         record = {"step": step, "epoch": epoch, "lr": rate}
-        record |= _step(engine, worker, examples, steps[step - 1], step, rate)
-        if step % per_epoch == 0 and dev:
+        record |= _step(engine, worker, batches.of(step), step, rate)
+        # Every worker takes part in gathering weights, or none does.
+        if step in looks:
             record["dev_loss"] = _dev_loss(engine, worker, dev)
-            if config.epochs > 1 and record["dev_loss"] < min(_dev_losses(history), default=float("inf")):
+            least = min(_dev_losses(history).values(), default=float("inf"))
+            if config.keep == "loss" and len(looks) > 1 and record["dev_loss"] < least:
                 best = _trained(engine, worker)
+            if worker.scorer is not None:
+                _hand_over(worker, step, _trained(engine, worker))
         history.append(record)
         worker.tell(record)
-        last = step == len(steps)
-        if last or step % config.checkpoint_every == 0 or step % per_epoch == 0:
-            # Every worker has `best` or none has, so all or none take part in gathering.
+        last = step == num_steps or (step in looks and worker.enough(history))
+        if last or step % config.checkpoint_every == 0 or step in looks:
             final = (_trained(engine, worker) if best is None else best) if last else None
             _report(engine, worker, history, best, final)
+        if last:
+            return
 
 
-def _step(
-    engine: Any, worker: _Worker, examples: Sequence[Example], batch: Sequence[int], step: int, rate: float
-) -> dict[str, Any]:
-    """One optimiser step; mean loss (nats per target token), what it is made of, target tokens and seconds.
+def _check_workers(worker: _Worker, state: dict[str, Any]) -> None:
+    """Sharded optimisers are saved in as many parts as there were workers."""
+    before = state.get("workers", worker.count)
+    if before != worker.count and worker.config.zero_stage > 0:
+        raise UserError(
+            f"the checkpoint at step {len(state['history'])} is of {before} workers with heal.zero_stage: "
+            f"{worker.config.zero_stage}, whose parts do not fit {worker.count}: set heal.workers={before}, or remove "
+            f".work in the run directory to begin again (with zero_stage: 0 any number of workers goes on)"
+        )
+
+
+def _hand_over(worker: _Worker, step: int, state: dict[str, Any]) -> None:
+    """The first worker gives the trained weights to the scorer, and waits until they are written."""
+    import ray
+
+    if worker.rank == 0:
+        ray.get(worker.scorer.take.remote(step, state))
+
+
+def _step(engine: Any, worker: _Worker, batch: Sequence[Example], step: int, rate: float) -> dict[str, Any]:
+    """One optimiser step; mean loss (nats per target token), what it is made of, target tokens, tokens computed and
+    which of them were padding, seconds, and the most bytes of memory this process has held.
 
     Every token of the batch counts the same, whichever worker and row it is in: the sum over a row is divided by the
     target tokens of the whole batch, and multiplied by the number of workers, over which DeepSpeed takes the mean.
@@ -242,14 +323,14 @@ def _step(
     torch.manual_seed(worker.config.seed + 1000 * step + worker.rank)  # of dropout; the same after a restart
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    tokens = sum(len(examples[i].target) for i in batch)
-    rows = worker.rows(batch, examples)
+    tokens = sum(len(example.target) for example in batch)
+    rows = worker.rows(batch)
     weights = worker.config.loss.weights
     totals: dict[str, float] = {}
     for place, row in enumerate(rows):
         engine.set_gradient_accumulation_boundary(place == len(rows) - 1)
         # An empty row still computes, for nothing: the other workers wait in the same collective operations.
-        parts = worker.parts(engine, row or [examples[batch[0]]])
+        parts = worker.parts(engine, row or batch[:1])
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + (value.item() if row else 0.0)
         loss = sum(weights.get(name, 0.0) * value for name, value in parts.items()) * (1.0 if row else 0.0)
@@ -259,8 +340,23 @@ def _step(
     loss = sum(weights.get(name, 0.0) * value for name, value in means.items())
     if loss != loss:
         raise UserError(f"the loss is not a number at step {step}: lower heal.learning_rate")
-    told = means if worker.teacher is not None else {}
-    return {"loss": loss, **told, "tokens": tokens, "seconds": round(time.monotonic() - began, 3)}
+    told = means if len(means) > 1 else {}
+    computed, padded = (
+        int(worker.total(sum(count(row, worker.packed) for row in rows))) for count in (plan.size, plan.padding)
+    )
+    told |= {"tokens": tokens, "computed": computed, "padding": padded, "memory": _memory()}
+    return {"loss": loss, **told, "seconds": round(time.monotonic() - began, 3)}
+
+
+def _memory() -> int:
+    """The most bytes this process has held: of the GPU, or of the machine where there is none."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _dev_loss(engine: Any, worker: _Worker, dev: Sequence[Example]) -> float:
@@ -271,7 +367,7 @@ def _dev_loss(engine: Any, worker: _Worker, dev: Sequence[Example]) -> float:
     total = 0.0
     with torch.no_grad():
         # As many rows at a time as there are workers, so that short and long ones even out.
-        rows = worker.rows(range(len(dev)), dev)
+        rows = worker.rows(dev)
         for place, row in enumerate(rows):
             loss = worker.loss(engine, row or [dev[0]]).item()
             total += loss if row else 0.0
@@ -280,8 +376,8 @@ def _dev_loss(engine: Any, worker: _Worker, dev: Sequence[Example]) -> float:
     return worker.total(total) / sum(len(example.target) for example in dev)
 
 
-def _dev_losses(history: Sequence[dict[str, Any]]) -> Iterator[float]:
-    return (record["dev_loss"] for record in history if "dev_loss" in record)
+def _dev_losses(history: Sequence[dict[str, Any]]) -> dict[int, float]:
+    return {record["step"]: record["dev_loss"] for record in history if "dev_loss" in record}
 
 
 def _trained(engine: Any, worker: _Worker) -> dict[str, Any]:
@@ -313,7 +409,8 @@ def _report(
                 save_file(best, directory / BEST)
             if final is not None:
                 save_trained(engine.module, final, directory)
-            (directory / STATE).write_text(json.dumps({"finished": final is not None, "history": history}))
+            state = {"finished": final is not None, "workers": worker.count, "history": history}
+            (directory / STATE).write_text(json.dumps(state))
         whole = ray.train.Checkpoint.from_directory(directory) if any(directory.iterdir()) else None
         ray.train.report({"step": history[-1]["step"], "loss": history[-1]["loss"]}, checkpoint=whole)
 

@@ -3,6 +3,7 @@
 All are sums over target tokens, so that rows, steps and workers add up. Pure torch.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from raylp.data.tokens import Example
 from raylp.heal.config import Loss
-from raylp.heal.pack import IGNORED, cross_entropy, place
+from raylp.heal.pack import IGNORED, cross_entropy, in_order, place
 from raylp.models.stack import find_stack, text_config
 
 
@@ -53,7 +54,11 @@ def losses(
     with states_of(layers if options.hidden > 0 else (), predict) as ours:
         logits = model(**inputs).logits.flatten(0, 1)
     found = {"cross_entropy": cross_entropy(logits, labels)}
-    if not options.taught:
+    if options.distillation > 0 and options.teacher == "stored":
+        chosen, top = stored(in_order(examples) if packed else examples)
+        known = logits[learned][chosen]
+        found["distillation"] = among(known, *top, options) if len(known) else 0 * found["cross_entropy"]
+    if not options.needs_base:
         return found
     assert teacher is not None, "a teacher to learn from"
     own = list(teacher.model.get_submodule(find_stack(teacher.model).path))
@@ -61,12 +66,28 @@ def losses(
     given, _, _ = place(teacher.model, examples, text_config(teacher.model), packed, pad)
     with torch.no_grad(), states_of(wanted, predict) as theirs:
         told = teacher.model(**given).logits.flatten(0, 1)
-    if options.distillation > 0:
+    if options.distillation > 0 and options.teacher == "base":
         found["distillation"] = divergence(logits[learned], told[learned], options)
     if options.hidden > 0:
         parts = [distance(a[learned], b[learned]) for a, b in zip(ours, theirs, strict=True)]
         found["hidden"] = torch.stack(parts).mean()
     return found
+
+
+def stored(examples: Sequence[Example]) -> tuple[Any, tuple[Any, Any]]:
+    """Which target tokens of the examples, in order, have a teacher's words; their ids and logits, (tokens, k) each."""
+    import torch
+
+    start, places, ids, values = 0, [], [], []
+    for example in examples:
+        if example.top is not None:
+            places.append(torch.arange(start, start + len(example.target)))
+            ids.append(torch.from_numpy(example.top.ids.astype("int64")))
+            values.append(torch.from_numpy(example.top.logprobs.astype("float32")))
+        start += len(example.target)
+    if not places:
+        return [], (None, None)
+    return torch.cat(places), (torch.cat(ids), torch.cat(values))
 
 
 @contextmanager
@@ -92,25 +113,36 @@ def divergence(student: Any, teacher: Any, options: Loss) -> Any:
     student to give all its probability to them; reverse, KL(student || teacher), compares the two among these words.
     With `entropy_weighted` a token counts by the teacher's entropy, as a share of the most that so many words can have.
     """
-    import torch
-
+    if options.top_k is not None and options.top_k < teacher.shape[-1]:
+        values, places = teacher.topk(options.top_k, dim=-1)
+        return among(student, places, values, options)
     heat = options.temperature
-    ours, theirs = (x.to(torch.promote_types(x.dtype, torch.float32)) / heat for x in (student, teacher))
-    if options.top_k is not None and options.top_k < theirs.shape[-1]:
-        values, places = theirs.topk(options.top_k, dim=-1)
-        expected = values.log_softmax(-1)
-        if options.direction == "forward":
-            said = ours.gather(-1, places) - ours.logsumexp(-1, keepdim=True)
-        else:
-            said = ours.gather(-1, places).log_softmax(-1)
-    else:
-        expected, said = theirs.log_softmax(-1), ours.log_softmax(-1)
+    ours, theirs = (_precise(x) / heat for x in (student, teacher))
+    return _sum(ours.log_softmax(-1), theirs.log_softmax(-1), options)
+
+
+def among(student: Any, places: Any, values: Any, options: Loss) -> Any:
+    """`divergence` where only the teacher's words at `places` are known, and their logits `values`: (tokens, k)."""
+    places, values = places.to(student.device), _precise(values).to(student.device)
+    ours = _precise(student) / options.temperature
+    said = ours.gather(-1, places)
+    said = said - ours.logsumexp(-1, keepdim=True) if options.direction == "forward" else said.log_softmax(-1)
+    return _sum(said, (values / options.temperature).log_softmax(-1), options)
+
+
+def _sum(said: Any, expected: Any, options: Loss) -> Any:
+    """From log-probabilities of student and teacher."""
     first, second = (expected, said) if options.direction == "forward" else (said, expected)
     each = (first.exp() * (first - second)).sum(-1)
     if options.entropy_weighted:
-        entropy = -(expected.exp() * expected).sum(-1)
-        each = each * (entropy / torch.log(torch.tensor(float(expected.shape[-1])))).detach()
-    return heat * heat * each.sum()
+        each = each * -(expected.exp() * expected).sum(-1) / math.log(expected.shape[-1])
+    return options.temperature**2 * each.sum()
+
+
+def _precise(values: Any) -> Any:
+    import torch
+
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def distance(ours: Any, theirs: Any) -> Any:

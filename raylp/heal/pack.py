@@ -34,14 +34,24 @@ class Row:
     targets: list[int]
 
 
-def pack(examples: Sequence[Example]) -> Row:
-    """All examples in one row, those of a language pair behind their common prefix."""
-    row = Row([], [], [], [], [], [])
+def by_pair(examples: Sequence[Example]) -> list[list[Example]]:
+    """Those of a language pair together, in the order of their first."""
     pairs: dict[str, list[Example]] = {}
     for example in examples:
         pairs.setdefault(example.pair, []).append(example)
+    return list(pairs.values())
+
+
+def in_order(examples: Sequence[Example]) -> list[Example]:
+    """The examples as `pack` puts them one after the other."""
+    return [example for shared in by_pair(examples) for example in shared]
+
+
+def pack(examples: Sequence[Example]) -> Row:
+    """All examples in one row, those of a language pair behind their common prefix."""
+    row = Row([], [], [], [], [], [])
     member = 0
-    for group, shared in enumerate(pairs.values()):
+    for group, shared in enumerate(by_pair(examples)):
         length = common_prefix([example.prompt for example in shared]) if len(shared) > 1 else 0
         _append(row, shared[0].prompt[:length], 0, group, 0)
         for example in shared:
@@ -56,12 +66,9 @@ def pack(examples: Sequence[Example]) -> Row:
 
 def packed_length(examples: Sequence[Example]) -> int:
     """How many tokens the row of these examples has."""
-    pairs: dict[str, list[Example]] = {}
-    for example in examples:
-        pairs.setdefault(example.pair, []).append(example)
     return sum(
         sum(example.length for example in shared) - (len(shared) - 1) * common_prefix([e.prompt for e in shared])
-        for shared in pairs.values()
+        for shared in by_pair(examples)
     )
 
 

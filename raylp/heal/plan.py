@@ -6,10 +6,12 @@ and every worker knows the shares of all others without asking.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from raylp.data.tokens import Example
 from raylp.heal.pack import packed_length
+
+MOST_PADDING = 0.05  # of a row's tokens, where examples of unequal length share one and cannot be packed
 
 
 def steps(num_examples: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
@@ -20,6 +22,24 @@ def steps(num_examples: int, batch_size: int, epochs: int, seed: int) -> list[li
         random.Random(f"{seed}/{epoch}").shuffle(order)
         plan += [order[start : start + batch_size] for start in range(0, num_examples, batch_size)]
     return plan
+
+
+def looks(num_steps: int, epochs: int, every: int | None) -> frozenset[int]:
+    """The steps (from 1) after which the dev split is looked at: the last one, and each `every` or each epoch's end."""
+    return frozenset({num_steps, *range(every or num_steps // epochs, num_steps + 1, every or num_steps // epochs)})
+
+
+def best_look(values: Mapping[int, float], more_is_better: bool) -> int:
+    """The step whose value is the best, of equals the first."""
+    return min(values, key=lambda step: (-values[step] if more_is_better else values[step], step))
+
+
+def no_better(values: Mapping[int, float], more_is_better: bool, patience: int | None) -> bool:
+    """Whether the last `patience` looks brought nothing better than what was there before them."""
+    if patience is None or not values:
+        return False
+    best = best_look(values, more_is_better)
+    return sum(step > best for step in values) >= patience
 
 
 def divide(
@@ -41,18 +61,31 @@ def divide(
 
 
 def _rows(share: Sequence[int], examples: Sequence[Example], row_tokens: int, packed: bool) -> list[list[int]]:
-    """Neighbours of like language pair and length together, as many as stay within `row_tokens`; one at the least."""
+    """Neighbours of like language pair and length together, as many as stay within `row_tokens`; one at the least.
+
+    Where they are padded, a row takes no example that would make more of it than `MOST_PADDING` padding.
+    """
     rows: list[list[int]] = []
     for index in sorted(share, key=lambda i: (examples[i].pair, examples[i].length, i)):
-        if rows and _size([examples[i] for i in (*rows[-1], index)], packed) <= row_tokens:
+        longer = [examples[i] for i in (*(rows[-1] if rows else ()), index)]
+        whole = size(longer, packed)
+        if rows and whole <= row_tokens and padding(longer, packed) <= MOST_PADDING * whole:
             rows[-1].append(index)
         else:
             rows.append([index])
     return rows
 
 
-def _size(examples: Sequence[Example], packed: bool) -> int:
+def size(examples: Sequence[Example], packed: bool) -> int:
+    """Tokens that a row of these examples is computed on, padding included."""
+    if not examples:
+        return 0
     return packed_length(examples) if packed else len(examples) * max(example.length for example in examples)
+
+
+def padding(examples: Sequence[Example], packed: bool) -> int:
+    """How many of them are padding; a packed row has none."""
+    return 0 if packed else size(examples, False) - sum(example.length for example in examples)
 
 
 def learning_rate(step: int, num_steps: int, peak: float, warmup: float, schedule: str) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,12 +15,13 @@ from typing import Any
 from raylp import cluster
 from raylp.context import Context
 from raylp.data.corpus import write_jsonl
-from raylp.data.tokens import Example
+from raylp.data.tokens import Example, Top, words_of
 from raylp.errors import UserError
 from raylp.heal import plan
-from raylp.heal.config import Heal, Loss
-from raylp.heal.examples import choose, tokenise
-from raylp.heal.loop import MEMORY_ADVICE, STATE, is_out_of_memory
+from raylp.heal.config import FREE, Heal, Loss
+from raylp.heal.dev import BEST, Asked, Scorer
+from raylp.heal.examples import TEACHER, choose, tokenise
+from raylp.heal.loop import MEMORY_ADVICE, STATE, STEPS_OF_A_BLOCK, is_out_of_memory
 from raylp.heal.loop import train as train_loop
 from raylp.models.checkpoint import card_for, read_card
 from raylp.models.load import load_tokenizer
@@ -27,7 +29,7 @@ from raylp.models.source import fingerprint
 from raylp.names import kind_of
 from raylp.progress import Task
 
-WORK = ".work/heal"
+WORK, LOOKS = ".work/heal", ".work/heal-looks"
 POLL_S = 1.0
 MAX_FAILURES = 3
 
@@ -39,6 +41,7 @@ class Board:
         self.records: list[dict[str, Any]] = []
         self.note = "starting the workers"
         self.problem: str | None = None
+        self.by_step: dict[int, float] = {}
 
     def add(self, record: dict[str, Any]) -> None:
         """A finished step."""
@@ -52,15 +55,27 @@ class Board:
         """Something is wrong that trying again would not mend."""
         self.problem = problem
 
+    def score(self, step: int, value: float) -> None:
+        """chrF++ of the dev split with the weights after this step."""
+        self.by_step[step] = value
+
+    def scores(self) -> dict[int, float]:
+        """What was told so far."""
+        return self.by_step
+
     def given_up(self) -> str | None:
         """The problem, if there is one."""
         return self.problem
 
     def latest(self) -> tuple[int, float | None, str]:
         """The last step, its loss, and the note."""
+        note = self.note
+        if self.by_step:
+            step = max(self.by_step)
+            note += f", dev chrF++ {self.by_step[step]:.1f} at step {step}"
         if not self.records:
-            return 0, None, self.note
-        return self.records[-1]["step"], self.records[-1]["loss"], self.note
+            return 0, None, note
+        return self.records[-1]["step"], self.records[-1]["loss"], note
 
 
 def heal(context: Context) -> dict[str, Any]:
@@ -83,14 +98,20 @@ def heal(context: Context) -> dict[str, Any]:
         removed = (read_card(source) or {}).get("removed", [])
         purpose = "after pruning" if start == "pruned" else f"{start} after pruning"
         done[healed] = heal_model(context, source, healed, purpose, removed)
-    done["baseline-healed"] = heal_model(context, context.baseline, "baseline-healed", "as the pruned model", [])
+    if _section(context).baseline:
+        done["baseline-healed"] = heal_model(context, context.baseline, "baseline-healed", "as the pruned model", [])
     return done
 
 
 def adapt(context: Context) -> dict[str, Any]:
     """Trains the original on the authentic training pairs, to `adapted`: the baseline where pruning comes after."""
-    config = _section(context).model_copy(update={"data": "authentic", "loss": Loss()})
+    config = adapting(_section(context))
     return {"adapted": heal_model(context, context.original, "adapted", "before pruning", [], config)}
+
+
+def adapting(config: Heal) -> Heal:
+    """The section without what needs a teacher: there is none before pruning."""
+    return config.model_copy(update={"data": "authentic", "teacher_share": None, "loss": Loss()})
 
 
 def heal_model(
@@ -100,9 +121,11 @@ def heal_model(
     and what was healed whole is not healed again.
 
     `purpose` is shown and kept in the result; `removed`: layers that are gone already, for the checkpoint's card.
-    `heal/<name>.jsonl` holds every step: step, epoch, lr, loss (nats per target token), tokens, seconds, and at the end
-    of an epoch dev_loss; where `heal.loss` has parts beside cross-entropy, each of them. Returns {"examples", "steps",
-    "loss", "dev_loss", "seconds", "purpose"}.
+    `heal/<name>.jsonl` holds every step: step, epoch, lr, loss (nats per target token), tokens, computed (tokens of the
+    rows, of which `padding` were padding), memory (bytes, the most so far), seconds, and where dev was looked at
+    dev_loss and perhaps dev_chrf; where `heal.loss` has parts beside cross-entropy, each of them. Returns {"examples",
+    "steps", "kept" (the step whose weights are the model's), "loss", "dev_loss", "dev_chrf", "padding" (share),
+    "tokens_per_s" (learned), "seconds", "purpose"}.
 
     Raises:
         UserError: no data, too few CPUs or GPUs, or training failed; with the last line of what the engine said.
@@ -111,11 +134,15 @@ def heal_model(
     train, dev = _examples(context, config, source)
     cluster.start(context.recipe.resources)
     gpus = _gpus(config)
-    cluster.require(f"heal with {config.workers} workers", config.workers, gpus)
-    num_steps = len(plan.steps(len(train), config.batch_size, config.epochs, config.seed))
+    beside = 1 if gpus and config.keep == "chrF++" else 0
+    what = f"heal with {config.workers} workers{' and one GPU for heal.keep: chrF++' if beside else ''}"
+    cluster.require(what, config.workers, gpus + beside)
+    if not dev and config.looks_at_dev:
+        raise UserError("heal.keep: chrF++ and heal.patience look at the dev split, and no corpus has one")
+    steps = plan.steps(len(train), config.batch_size, config.epochs, config.seed)
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if gpus else "float32")
     job: dict[str, Any] = {"source": str(source), "heal": config.model_dump(), "dtype": dtype}
-    if config.loss.taught:
+    if config.loss.needs_base:
         job |= {"teacher": str(context.baseline), "removed": removed}
     run_name = f"{name}-{_digest(source, job, train, dev)}"
     if context.rundir.complete(f"models/{name}") and context.rundir.exists(f"heal/{name}.json"):
@@ -125,8 +152,9 @@ def heal_model(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="raylp-heal-") as scratch:
         trained = Path(scratch) / "trained"
-        with context.reporter.task(name, num_steps) as task:
-            history = _fit(context, name, run_name, job, train, dev, gpus, task, trained)
+        with context.reporter.task(name, len(steps)) as task:
+            batches = [[train[i] for i in step] for step in steps]
+            history = _fit(context, name, run_name, job, batches, dev, gpus, task, trained)
         card = read_card(source) or card_for(
             context.recipe.model.name, fingerprint(context.original), "", removed, context.prompt.model_dump()
         )
@@ -135,15 +163,31 @@ def heal_model(
     context.rundir.write_text(f"heal/{name}.jsonl", write_jsonl(history))
     result = {
         "examples": len(train),
-        "steps": num_steps,
-        "loss": history[-1]["loss"],
-        "dev_loss": next((r["dev_loss"] for r in reversed(history) if "dev_loss" in r), None),
+        "steps": len(history),
+        **_kept(config, history),
+        "padding": round(sum(r["padding"] for r in history) / sum(r["computed"] for r in history), 4),
+        "tokens_per_s": round(sum(r["tokens"] for r in history) / sum(r["seconds"] for r in history), 1),
         "seconds": round(time.monotonic() - began, 1),
         "purpose": purpose,
     }
+    if len(history) < len(steps):
+        context.reporter.line(
+            f"{name}: ended after {len(history)} of {len(steps)} steps: {config.patience} looks at dev were no better"
+        )
     context.rundir.write_json(f"heal/{name}.json", {"run": run_name, **result})
-    context.rundir.remove(f"{WORK}/{run_name}")
+    for place in (WORK, LOOKS):
+        context.rundir.remove(f"{place}/{run_name}")
     return result
+
+
+def _kept(config: Heal, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Which step's weights are the model's, and what was measured there; loss: that of the last step."""
+    key, more = ("dev_chrf", True) if config.keep == "chrF++" else ("dev_loss", False)
+    values = {record["step"]: record[key] for record in history if key in record}
+    kept = history[-1]["step"] if config.keep == "last" or not values else plan.best_look(values, more)
+    at = history[kept - 1]
+    told: dict[str, Any] = {name: at[name] for name in ("dev_loss", "dev_chrf") if name in at}
+    return {"kept": kept, "loss": history[-1]["loss"], "dev_loss": None, **told}
 
 
 def _section(context: Context) -> Heal:
@@ -157,20 +201,56 @@ def _examples(context: Context, config: Heal, source: Path) -> tuple[list[Exampl
     teacher: list[dict[str, Any]] = []
     if config.data in ("teacher", "both"):
         if context.rundir.complete("distill"):
-            import pyarrow.parquet
-
-            teacher = pyarrow.parquet.read_table(context.rundir.local("distill") / "teacher.parquet").to_pylist()
+            teacher = _table(context, ["id", "pair", "source", "translation", "kept"]).to_pylist()
         elif config.data == "teacher" or context.recipe.distill is not None:
             raise UserError("heal: there is no teacher data; run 'raylp distill' first, or set heal.data: authentic", 1)
-    pairs = choose(context.splits.train, teacher, config.data, context.prompt.examples)
+    shown, stored = context.prompt.examples, config.loss.stored
+    pairs = choose(context.splits.train, teacher, config.data, shown, config.teacher_share, stored)
     tokenizer = load_tokenizer(source)
-    train = tokenise(pairs, context.prompt, tokenizer, config.max_tokens)
+    said = _said(context, tokenizer) if config.loss.stored else {}
+    train = tokenise(pairs, context.prompt, tokenizer, config.max_tokens, said)
     if not train:
         raise UserError(
             f"heal: nothing to learn from: {len(pairs)} training pairs beside the prompt's examples, none of at most "
             f"{config.max_tokens} tokens (heal.max_tokens); add training data"
         )
     return train, tokenise(context.splits.dev, context.prompt, tokenizer, config.max_tokens)
+
+
+def _table(context: Context, columns: Sequence[str]) -> Any:
+    """Columns of the teacher's translations, as Arrow has them."""
+    import pyarrow.parquet
+
+    file = context.rundir.local("distill") / "teacher.parquet"
+    there = pyarrow.parquet.read_schema(file).names
+    return pyarrow.parquet.read_table(file, columns=[name for name in columns if name in there])
+
+
+def _said(context: Context, tokenizer: Any) -> dict[tuple[str, str], tuple[tuple[int, ...], Top]]:
+    """By (pair, id): the teacher's own tokens and what else it might have said, as `tokenise` takes them."""
+    table = _table(context, ["id", "pair", "kept", "token_ids", "top_ids", "top_logprobs"])
+    if "top_ids" not in table.column_names:
+        raise UserError("heal.loss.teacher: stored needs the teacher's probabilities: set distill.top_k", 2)
+    summary = context.rundir.read_json("distill/summary.json")
+    if summary["words"] != words_of(tokenizer):
+        raise UserError(
+            f"heal.loss.teacher: stored: the teacher {summary['teacher']} has another vocabulary than the model that "
+            f"learns; use heal.loss.teacher: base, or the teacher's translations alone",
+            2,
+        )
+    found = {}
+    for batch in table.to_batches():
+        rows = zip(*(batch[column].to_pylist() for column in ("pair", "id", "kept")), strict=True)
+        for number, (pair, name, kept) in enumerate(rows):
+            if kept:
+                # Arrow's own values: as Python numbers they would take twenty times the memory.
+                tokens, ids, logprobs = (
+                    batch[column][number].values.to_numpy(zero_copy_only=False)
+                    for column in ("token_ids", "top_ids", "top_logprobs")
+                )
+                top = Top(ids.reshape(len(tokens), -1).copy(), logprobs.reshape(len(tokens), -1).copy())
+                found[pair, f"{TEACHER}{name}"] = tuple(tokens.tolist()), top
+    return found
 
 
 def _gpus(config: Heal) -> int:
@@ -183,9 +263,14 @@ def _gpus(config: Heal) -> int:
 def _digest(source: Path, job: dict[str, Any], train: Sequence[Example], dev: Sequence[Example]) -> str:
     """What an interrupted run must share with the one that goes on with its checkpoints; 12 hex digits."""
     digest = hashlib.sha256(fingerprint(source).encode())
-    digest.update(json.dumps([job["heal"], job["dtype"]], sort_keys=True).encode())
+    bound = {key: value for key, value in job["heal"].items() if key not in FREE}
+    digest.update(json.dumps([bound, job["dtype"]], sort_keys=True).encode())
+    if "teacher" in job:
+        digest.update(f"{fingerprint(Path(job['teacher']))} {job['removed']}".encode())
     for example in (*train, *dev):
         digest.update(repr((example.prompt, example.target)).encode())
+        if example.top is not None:
+            digest.update(example.top.ids.tobytes() + example.top.logprobs.tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -194,22 +279,32 @@ def _fit(
     name: str,
     run_name: str,
     job: dict[str, Any],
-    train: Sequence[Example],
+    steps: Sequence[Sequence[Example]],
     dev: Sequence[Example],
     gpus: int,
     task: Task,
     trained: Path,
 ) -> list[dict[str, Any]]:
-    """Runs the training; its last checkpoint is copied to `trained`, the steps are returned."""
+    """Runs the training on every step's examples; the weights to keep are put into `trained`, the steps returned."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     board = ray.remote(Board).options(num_cpus=0).remote()
     rundir = context.rundir
+    size = STEPS_OF_A_BLOCK
+    blocks = [ray.put(list(steps[start : start + size])) for start in range(0, len(steps), size)]
+    scorer = _scorer(context, job, f"{LOOKS}/{run_name}", board, gpus) if job["heal"]["keep"] == "chrF++" else None
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={**job, "train": ray.put(list(train)), "dev": ray.put(list(dev)), "board": board},
+        train_loop_config={
+            **job,
+            "train": blocks,
+            "steps": len(steps),
+            "dev": ray.put(list(dev)),
+            "board": board,
+            "scorer": scorer,
+        },
         scaling_config=ScalingConfig(num_workers=job["heal"]["workers"], use_gpu=gpus > 0),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
@@ -231,7 +326,60 @@ def _fit(
     result.checkpoint.to_directory(str(trained))
     state = json.loads((trained / STATE).read_text())
     assert state["finished"], "Ray Train returned before the last step"
-    return state["history"]
+    history = state["history"]
+    if scorer is not None:
+        for step, score in _finish(scorer, task, len(history)).items():
+            history[step - 1]["dev_chrf"] = score
+        shutil.rmtree(trained)
+        shutil.copytree(rundir.local(f"{LOOKS}/{run_name}/{BEST}"), trained)
+    return history
+
+
+def _scorer(context: Context, job: dict[str, Any], place: str, board: Any, gpus: int) -> Any:
+    """The actor that translates the dev split beside the training."""
+    import ray
+
+    tokenizer = load_tokenizer(Path(job["source"]))
+    dev = context.splits.dev
+    requests = context.prompt.requests(tokenizer, [(pair.source, pair.pair) for pair in dev])
+    asked = [Asked(pair.pair, request, pair.target) for pair, request in zip(dev, requests, strict=True)]
+    options = {
+        "num_cpus": 0,
+        "num_gpus": 1 if gpus else 0,
+        "max_concurrency": 4,
+        "max_restarts": 3,
+        "max_task_retries": 3,
+    }
+    return (
+        ray.remote(Scorer)
+        .options(**options)
+        .remote(
+            job["source"],
+            job["heal"],
+            job["dtype"],
+            context.prompt.newline,
+            asked,
+            context.rundir.uri(""),
+            place,
+            board,
+            job["heal"]["workers"],
+        )
+    )
+
+
+def _finish(scorer: Any, task: Task, last: int) -> dict[int, float]:
+    """Waits for the scores up to step `last`; the actor's own words where it failed."""
+    import ray
+
+    task.update(task.done, "translating dev")
+    try:
+        return ray.get(scorer.finish.remote(last))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from error
+    except ray.exceptions.RayActorError as error:
+        raise UserError(f"translating the dev split failed: its actor died: {error}; run again to go on", 1) from error
+    finally:
+        ray.kill(scorer)
 
 
 class _Watch:

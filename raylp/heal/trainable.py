@@ -19,9 +19,9 @@ WEIGHTS = "trainable.safetensors"
 def make_trainable(model: Any, config: Heal) -> Any:
     """The model with the weights that `config.method` trains unfrozen, and all others frozen.
 
-    `lora`: adapters on every linear layer of the decoder stack. `full`: the whole decoder but the embeddings and, where
-    it lies inside, the output layer: a vocabulary of 262,144 would cost more than all layers together. Vision and audio
-    towers are outside the decoder and stay as they are.
+    `lora` and `qlora`: adapters on every linear layer of the decoder stack. `full`: the whole decoder but the
+    embeddings and, where it lies inside, the output layer: a vocabulary of 262,144 would cost more than all layers
+    together. Vision and audio towers are outside the decoder and stay as they are.
 
     Raises:
         UserError: the decoder has no linear layers to adapt.
@@ -50,6 +50,7 @@ def make_trainable(model: Any, config: Heal) -> Any:
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
+        use_rslora=config.lora.rslora,
         target_modules=pattern,
         task_type="CAUSAL_LM",
     )

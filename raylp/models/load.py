@@ -105,6 +105,30 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_quantised(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The model with its linear layers in 4 bits (nf4, quantised twice), computing in `dtype`; to train adapters on."""
+    import torch
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    model = model_class(path).from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+        quantization_config=bits,
+        device_map={"": device},
+    )
+    return model.eval().requires_grad_(False)
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer beside the weights, with a padding token."""
     from transformers import AutoTokenizer
