@@ -148,7 +148,8 @@ def span(stat: Stat | None) -> str:
 
 def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     """Plots by section; a list is empty when there is nothing to draw."""
-    drawn: dict[str, list[str]] = {"search": [], "rounds": [], "quality": [], "speed": [], "heal": [], "seconds": []}
+    sections = ("search", "rounds", "quality", "speed", "heal", "course", "seconds")
+    drawn: dict[str, list[str]] = {section: [] for section in sections}
     if contents.plan:
         drawn |= search_drawings(contents.plan, *objective(contents))
     deep = [model for model in contents.models if model.layers is not None]
@@ -171,6 +172,8 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
             drawn["speed"].append(plots.plot_speed(these, contents.models, ideals, setting, limits))
     if contents.heal:
         drawn["heal"] = [plots.plot_heal(contents.heal)]
+        course = plots.plot_course(contents.heal)
+        drawn["course"] = [course] if course else []
     seconds = seconds_by_stage(contents)
     if len(seconds) > 1:
         drawn["seconds"] = [plots.plot_seconds(seconds)]

@@ -431,6 +431,42 @@ def plot_heal(logs: Sequence[HealLog]) -> str:
         return _svg(figure, "heal", "Loss during healing: " + ", ".join(log.name for log in logs))
 
 
+# Of a training's steps: label, and the value from a step's record where it has one.
+COURSE: tuple[tuple[str, Callable[[dict[str, float]], float | None]], ...] = (
+    ("dev chrF++", lambda step: step.get("dev_chrf")),
+    ("learning rate", lambda step: step.get("lr")),
+    ("tokens/s", lambda step: step["tokens"] / step["seconds"] if step.get("tokens") and step.get("seconds") else None),
+    ("memory, GB", lambda step: step["memory"] / 1e9 if step.get("memory") else None),
+)
+
+
+def plot_course(logs: Sequence[HealLog]) -> str | None:
+    """How each training went, step by step: what `COURSE` names and any of them has; None where none has any."""
+    there = [(label, value) for label, value in COURSE if any(value(s) is not None for log in logs for s in log.steps)]
+    if not there:
+        return None
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(WIDTH, 0.5 + 1.25 * len(there)), layout="constrained")
+        panels = figure.subplots(len(there), sharex=True, squeeze=False)[:, 0]
+        for (label, value), axes in zip(there, panels, strict=True):
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
+            for log in logs:
+                color, marker = style(Model(log.name))
+                points = [(step["step"], found) for step in log.steps if (found := value(step)) is not None]
+                steps, values = [step for step, _ in points], [found for _, found in points]
+                mark = marker if label == "dev chrF++" else ""
+                shown = _running_mean(values) if label == "tokens/s" else values
+                axes.plot(steps, shown, color=color, linewidth=1.6, marker=mark, markersize=6, label=log.name)
+            axes.set_ylabel(label)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+            if label != "dev chrF++":
+                axes.set_ylim(bottom=0)
+        panels[0].legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(4, len(logs)), borderaxespad=0.2)
+        panels[-1].set_xlabel("optimiser step")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _svg(figure, "course", "The course of healing: " + ", ".join(log.name for log in logs))
+
+
 def plot_seconds(seconds: dict[str, float]) -> str:
     """Where the time went, stage by stage."""
     with _axes(0.35 + 0.34 * len(seconds), grid="") as (figure, axes):
