@@ -1,0 +1,120 @@
+"""What healing brings back: one run for each way to heal, and their table.
+
+    python benchmarks/healing.py --data DIR --pair en-de --out runs/healing --variants both,authentic,teacher,token
+
+DIR holds a folder for each pair with train.jsonl, dev.jsonl (searched on) and test.jsonl; sentences of more than
+`--max-words` are left out of the first two, not of the test set. The recipes are recipes/healing/*.yaml, with what a
+variant changes. Every run is a run directory under --out/PAIR: what is done is not done again, so it may be stopped at
+any time. `controls`: at the smallest depth, the layers of the tail, of the middle and three random draws, healed as
+`--like` was.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from raylp.pipeline import run
+from raylp.progress import Reporter
+from raylp.recipe import load_recipe
+from raylp.rundir import RunDir
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "healing"
+TOKEN_LEVEL = ("heal.loss.distillation=1", "heal.loss.cross_entropy=0.5")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "both": (),
+    "authentic": ("heal.data=authentic", "heal.epochs=4", "distill=false"),
+    "teacher": ("heal.data=teacher", "heal.epochs=4", "heal.baseline=false"),
+    "token": ("heal.data=authentic", "heal.epochs=4", "distill=false", *TOKEN_LEVEL),
+    "token-both": TOKEN_LEVEL,
+}
+DRAWS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--pair", default="en-de")
+    parser.add_argument("--out", type=Path, default=Path("runs/healing"))
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--like", default="authentic", help="the variant that controls are healed as; '' for none")
+    parser.add_argument("--train", type=int, default=600)
+    parser.add_argument("--max-words", type=int, default=14)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
+    given = parser.parse_args()
+    out = given.out.resolve() / given.pair
+    text = short_sentences(given.data / given.pair, out / "text", given.max_words)
+    adapted = make(given, out, text, "adapt", "adapted")
+    assert adapted.complete("models/adapted")
+    runs = []
+    for variant in filter(None, given.variants.split(",")):
+        methods = () if variant == "both" else ("repair=false",)
+        runs.append((variant, make(given, out, text, "heal", variant, *VARIANTS[variant], *methods)))
+        print_table(runs)
+    if given.like:
+        plan = runs[0][1].read_json("plan.json")
+        for name, layers in controls(plan["num_layers"], len(plan["removed"])).items():
+            changes = (*VARIANTS[given.like], "repair=false", "heal.baseline=false", f"search={{given: {layers}}}")
+            runs.append((name, make(given, out, text, "heal", name, *changes)))
+            print_table(runs)
+
+
+def make(given: argparse.Namespace, out: Path, text: Path, recipe: str, name: str, *changes: str) -> RunDir:
+    """The run `name`, done."""
+    content = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    splits = [key for key in content["data"]["en-de"] if key != "limit"]
+    files = {"search": "dev", "train": "train", "test": "test"}
+    data: dict[str, Any] = {split: str(text / f"{files[split]}.jsonl") for split in splits}
+    data |= {"limit": {"train": given.train, "search": 128}}
+    overrides = [f"data={json.dumps({given.pair: data})}", f"run_dir={out / name}"]
+    if recipe == "heal":
+        overrides += [f"model={out / 'adapted' / 'models' / 'adapted'}", f"cache={out / 'both'}"]
+    return run(load_recipe(RECIPES / f"{recipe}.yaml", [*overrides, *changes, *given.set]), Reporter())
+
+
+def controls(num_layers: int, count: int) -> dict[str, list[int]]:
+    """Layers to leave out instead of the searched ones, never the first or the last."""
+    inner = list(range(1, num_layers - 1))
+    start = (num_layers - count) // 2
+    found = {"tail": inner[-count:], "middle": list(range(start, start + count))}
+    for draw in range(DRAWS):
+        found[f"random-{draw + 1}"] = sorted(random.Random(draw).sample(inner, count))
+    return found
+
+
+def short_sentences(source: Path, target: Path, max_words: int) -> Path:
+    """The files of a pair, train and dev without long sentences, which take most of the time; made once."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "dev", "test"):
+        if not (target / f"{split}.jsonl").exists():
+            lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            short = [line for line in lines if len(json.loads(line)["source"].split()) <= max_words]
+            kept = lines if split == "test" else short
+            (target / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return target
+
+
+def print_table(runs: list[tuple[str, RunDir]]) -> None:
+    """Every model of every run, with its share of the baseline healed alike in the same run."""
+    table = Table("run", "model", "chrF2++", "95%", "of baseline-healed", "steps")
+    for name, rundir in runs:
+        models: dict[str, Any] = {m["name"]: m for m in rundir.read_json("results.json")["models"]}
+        scores = {model: next(iter(entry["scores"].values()))["chrF2++"] for model, entry in models.items()}
+        whole = scores.get("baseline-healed")
+        for model, score in scores.items():
+            share = f"{score['value'] / whole['value']:.1%}" if whole else ""
+            log = f"heal/{model}.json"
+            steps = str(rundir.read_json(log)["steps"]) if rundir.exists(log) else ""
+            span = f"{score['low']:.1f} to {score['high']:.1f}"
+            table.add_row(name, model, f"{score['value']:.1f}", span, share, steps)
+        table.add_section()
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
