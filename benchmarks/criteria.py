@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from text import short_sentences
 
 from raylp.ledger import Ledger
 from raylp.metrics.objective import Objective
@@ -98,17 +99,6 @@ def recipe_for(args: argparse.Namespace, pair: str) -> Any:
             "run_dir": str(Path(args.out) / pair),
         }
     )
-
-
-def short_sentences(source: Path, target: Path, max_words: int) -> Path:
-    """The files of a pair without its long sentences, which take most of the time; made once."""
-    target.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "dev", "test"):
-        lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if len(json.loads(line)["source"].split()) <= max_words]
-        if not (target / f"{split}.jsonl").exists():
-            (target / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return target
 
 
 def study(args: argparse.Namespace, pair: str) -> list[dict[str, Any]]:

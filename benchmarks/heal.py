@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -98,6 +97,7 @@ def bare(job: Path) -> None:
 
     from raylp.heal import plan
     from raylp.heal.config import Heal
+    from raylp.heal.loop import deepspeed_options
     from raylp.heal.pack import loss_sum, why_not_packed
     from raylp.heal.trainable import make_trainable
     from raylp.models.load import load_model
@@ -123,18 +123,10 @@ def bare(job: Path) -> None:
     torch.manual_seed(config.seed)
     model = make_trainable(inner, config).train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    options: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.clip,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.zero_stage},
-        "steps_per_print": 10**9,
-    }
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.AdamW(weights, lr=config.learning_rate), config=options
+        model=model,
+        optimizer=torch.optim.AdamW(weights, lr=config.learning_rate),
+        config=deepspeed_options(config, dtype),
     )
     found = []
     for batch in batches:

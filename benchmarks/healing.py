@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from text import short_sentences
 
 from raylp.pipeline import run
 from raylp.progress import Reporter
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
     given = parser.parse_args()
     out = given.out.resolve() / given.pair
-    text = short_sentences(given.data / given.pair, out / "text", given.max_words)
+    text = short_sentences(given.data / given.pair, out / "text", given.max_words, ("train", "dev"))
     adapted = make(given, out, text, "adapt", "adapted")
     assert adapted.complete("models/adapted")
     runs = []
@@ -85,18 +86,6 @@ def controls(num_layers: int, count: int) -> dict[str, list[int]]:
     for draw in range(DRAWS):
         found[f"random-{draw + 1}"] = sorted(random.Random(draw).sample(inner, count))
     return found
-
-
-def short_sentences(source: Path, target: Path, max_words: int) -> Path:
-    """The files of a pair, train and dev without long sentences, which take most of the time; made once."""
-    target.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "dev", "test"):
-        if not (target / f"{split}.jsonl").exists():
-            lines = (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-            short = [line for line in lines if len(json.loads(line)["source"].split()) <= max_words]
-            kept = lines if split == "test" else short
-            (target / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return target
 
 
 def print_table(runs: list[tuple[str, RunDir]]) -> None:

@@ -21,6 +21,11 @@ class Splits:
     test: dict[str, list[Pair]] = field(default_factory=dict)
     mono: list[Pair] = field(default_factory=list)
 
+    @property
+    def held_out(self) -> list[Pair]:
+        """What nothing may be learned from: search, dev and every test set."""
+        return [*self.search, *self.dev, *(pair for own in self.test.values() for pair in own)]
+
 
 @dataclass(frozen=True)
 class Context:

@@ -194,13 +194,10 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
     if base is None:
         return recipe
     data = {key: _anchor(corpus, base) for key, corpus in recipe.data.items()}
-    model = recipe.model
-    if model.name.startswith("."):
-        model = model.model_copy(update={"name": str((base / model.name).resolve())})
+    model = recipe.model.model_copy(update={"name": _near(recipe.model.name, base)})
     evaluate = recipe.evaluate
     if evaluate is not None:
-        metrics = [str((base / name).resolve()) if name.startswith(".") else name for name in evaluate.metrics]
-        evaluate = evaluate.model_copy(update={"metrics": metrics})
+        evaluate = evaluate.model_copy(update={"metrics": [_near(name, base) for name in evaluate.metrics]})
     distill = recipe.distill
     if distill is not None:
         filters = distill.filters.model_copy(update={"comet": _near(distill.filters.comet, base)})
@@ -208,7 +205,7 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
         distill = distill.model_copy(update=update)
     search = recipe.search
     if search is not None:
-        objective = {str((base / n).resolve()) if n.startswith(".") else n: w for n, w in search.objective.items()}
+        objective = {_near(name, base): weight for name, weight in search.objective.items()}
         search = search.model_copy(update={"objective": objective})
     return recipe.model_copy(
         update={"data": data, "model": model, "search": search, "distill": distill, "evaluate": evaluate}

@@ -92,7 +92,7 @@ class Judge:
 
     def names(self) -> list[str]:
         """The reasons there may be, in order; those that are turned off are not among them."""
-        return ["failed", *(name for name, test in CHECKS if test(self.filters)), *self._models()]
+        return ["failed", *(name for name, on, _ in CHECKS if on(self.filters)), *self._models()]
 
     def _models(self) -> list[str]:
         f = self.filters
@@ -118,10 +118,7 @@ class Judge:
     def _alone(self, row: Row) -> str | None:
         if row.finish == "error":
             return "failed"
-        for name, test in CHECKS:
-            if test(self.filters) and FAILS[name](self, row):
-                return name
-        return None
+        return next((name for name, on, fails in CHECKS if on(self.filters) and fails(self, row)), None)
 
     def is_duplicate(self, row: Row) -> bool:
         """Whether a row like it was there before; it is remembered."""
@@ -147,50 +144,56 @@ class Judge:
         limit = float(self.filters.max_similarity_to_held_out)
         return any(self.held_out.nearly_has(row.pair, text, limit) for text in (row.source, row.translation))
 
+    def foreign(self, text: str, pair: str, side: int) -> bool:
+        """Whether the text is not of the language of this side of the pair: 0 source, 1 target."""
+        return foreign(text, split_pair(pair)[side], float(self.filters.language))
+
+    def copies(self, row: Row) -> bool:
+        """Whether it repeats its source."""
+        return is_copy(row.translation, row.source, row.reference, float(self.filters.max_similarity_to_source))
+
+    def far(self, row: Row) -> bool:
+        """Whether it shares little with its reference, where there is one."""
+        return bool(row.reference) and chrf(row.translation, row.reference) < self.filters.min_chrf_to_reference
+
 
 LINE_BREAK = re.compile(r"[\n\r\x0b\x0c\x85\u2028\u2029]")
 
-# The order of the published filters, then those of translations by a model. Whether each is on:
-CHECKS: tuple[tuple[str, Callable[[Filters], bool]], ...] = (
-    ("duplicate", lambda f: f.duplicates),
-    ("empty", lambda f: f.empty),
-    ("newline", lambda f: f.newlines),
-    ("control characters", lambda f: f.control_characters),
-    ("repetition", lambda f: f.loops),
-    ("not stopped", lambda f: f.cut_off),
-    ("too long", lambda f: f.max_words is not False),
-    ("length ratio", lambda f: f.max_length_ratio is not False),
-    ("too short", lambda f: f.min_characters is not False),
-    ("source language", lambda f: f.language is not False),
-    ("target language", lambda f: f.language is not False),
-    ("copy of the source", lambda f: f.max_similarity_to_source is not False),
-    ("in another split", lambda f: True),
-    ("near another split", lambda f: f.max_similarity_to_held_out is not False),
-    ("far from the reference", lambda f: f.min_chrf_to_reference is not False),
+# The order of the published filters, then those of translations by a model: reason, whether on, whether a row has it.
+CHECKS: tuple[tuple[str, Callable[[Filters], bool], Callable[[Judge, Row], bool]], ...] = (
+    ("duplicate", lambda f: f.duplicates, Judge.is_duplicate),
+    ("empty", lambda f: f.empty, lambda judge, row: not row.translation.strip()),
+    ("newline", lambda f: f.newlines, lambda judge, row: bool(LINE_BREAK.search(as_said(row)))),
+    ("control characters", lambda f: f.control_characters, lambda judge, row: any(map(_is_control, as_said(row)))),
+    ("repetition", lambda f: f.loops, lambda judge, row: row.finish == "loop"),
+    ("not stopped", lambda f: f.cut_off, lambda judge, row: row.finish == "length"),
+    (
+        "too long",
+        lambda f: f.max_words is not False,
+        lambda judge, row: len(row.translation.split()) > judge.filters.max_words,
+    ),
+    ("length ratio", lambda f: f.max_length_ratio is not False, Judge.unusual_length),
+    (
+        "too short",
+        lambda f: f.min_characters is not False,
+        lambda judge, row: len(row.translation.strip()) < judge.filters.min_characters,
+    ),
+    ("source language", lambda f: f.language is not False, lambda judge, row: judge.foreign(row.source, row.pair, 0)),
+    (
+        "target language",
+        lambda f: f.language is not False,
+        lambda judge, row: judge.foreign(row.translation, row.pair, 1),
+    ),
+    ("copy of the source", lambda f: f.max_similarity_to_source is not False, Judge.copies),
+    ("in another split", lambda f: True, Judge.held),
+    ("near another split", lambda f: f.max_similarity_to_held_out is not False, Judge.nearly_held),
+    ("far from the reference", lambda f: f.min_chrf_to_reference is not False, Judge.far),
 )
-FAILS: Mapping[str, Callable[[Judge, Row], bool]] = {
-    "duplicate": lambda judge, row: judge.is_duplicate(row),
-    "empty": lambda judge, row: not row.translation.strip(),
-    "newline": lambda judge, row: bool(LINE_BREAK.search(row.said.strip() or row.translation)),
-    "control characters": lambda judge, row: any(map(_is_control, row.said.strip() or row.translation)),
-    "repetition": lambda judge, row: row.finish == "loop",
-    "not stopped": lambda judge, row: row.finish == "length",
-    "too long": lambda judge, row: len(row.translation.split()) > judge.filters.max_words,
-    "length ratio": lambda judge, row: judge.unusual_length(row),
-    "too short": lambda judge, row: len(row.translation.strip()) < judge.filters.min_characters,
-    "source language": lambda judge, row: foreign(row.source, split_pair(row.pair)[0], float(judge.filters.language)),
-    "target language": lambda judge, row: foreign(
-        row.translation, split_pair(row.pair)[1], float(judge.filters.language)
-    ),
-    "copy of the source": lambda judge, row: is_copy(
-        row.translation, row.source, row.reference, float(judge.filters.max_similarity_to_source)
-    ),
-    "in another split": lambda judge, row: judge.held(row),
-    "near another split": lambda judge, row: judge.nearly_held(row),
-    "far from the reference": lambda judge, row: (
-        bool(row.reference) and chrf(row.translation, row.reference) < judge.filters.min_chrf_to_reference
-    ),
-}
+
+
+def as_said(row: Row) -> str:
+    """The translation with its line breaks, where they are known."""
+    return row.said.strip() or row.translation
 
 
 def _is_control(character: str) -> bool:

@@ -133,8 +133,7 @@ def _digest(context: Context, config: Distill, teacher: Teacher, pairs: Sequence
 def _judged(context: Context, config: Distill, asked: str) -> str:
     """All that the finished table depends on: what was asked, how it is judged, and by which other text."""
     digest = hashlib.sha256(f"{asked}{config.model_dump_json()}".encode())
-    splits = context.splits
-    for pair in (*splits.train, *splits.search, *splits.dev, *(pair for own in splits.test.values() for pair in own)):
+    for pair in (*context.splits.train, *context.splits.held_out):
         digest.update(f"{pair.pair}\0{pair.source}\0{pair.target}\0".encode())
     return digest.hexdigest()[:12]
 
@@ -224,14 +223,13 @@ def _write(
     """Chooses, judges and writes, a few rows at a time; what the summary says of it."""
     import pyarrow.parquet
 
-    splits = context.splits
-    others = [*splits.search, *splits.dev, *(pair for own in splits.test.values() for pair in own)]
+    others = context.splits.held_out
     tokens = kept = 0
     with ExitStack() as stack, context.reporter.task("filter", len(pairs)) as task:
         rate = _rate(context, config, stack)
         judge = Judge(
             config.filters,
-            usual_length_ratios([*splits.train, *others]),
+            usual_length_ratios([*context.splits.train, *others]),
             HeldOut.of(others),
             _similarity(config),
             _comet(context, config, stack),

@@ -1,26 +1,19 @@
 """What checkpoints of a training take on disk, from the headers of the model's files."""
 
 import math
-import re
 from pathlib import Path
 
 from raylp.heal.config import Heal
-from raylp.models.load import safetensors_header
+from raylp.models.checkpoint import read_tensors
 
 KEPT = 3  # two checkpoints, and the one that is being written
 WITH_OPTIMIZER = 16  # bytes of a weight that learns: itself, two moments and a copy in float32
 LOOKS = 4  # weights of looks at dev: the best, those in work, those that wait, and those that are being written
-_LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")
 
 
 def trained_parameters(path: Path, heal: Heal) -> int:
     """How many numbers learn, about: adapters of every matrix of the decoder's layers, or the layers themselves."""
-    shapes = [
-        tensor["shape"]
-        for file in path.glob("*.safetensors")
-        for name, tensor in safetensors_header(file).items()
-        if _LAYER.search(name) and not any(part in name for part in ("vision", "audio"))
-    ]
+    shapes = [tensor["shape"] for layer in read_tensors(path).layers for tensor in layer.values()]
     if heal.method == "full":
         return sum(math.prod(shape) for shape in shapes)
     return sum(heal.lora.rank * sum(shape) for shape in shapes if len(shape) == 2)

@@ -234,18 +234,23 @@ def _engine(model: Any, config: Heal, dtype: str) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.clip,
-            "bf16": {"enabled": dtype == "bfloat16"},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
-            "steps_per_print": 10**9,
-        },
+        config=deepspeed_options(config, dtype),
     )
     return engine
+
+
+def deepspeed_options(config: Heal, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration; rows add up to a step by gradient accumulation boundaries, not by a fixed count."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
+        "steps_per_print": 10**9,
+    }
 
 
 def _offload(config: Heal) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def steps(num_examples: int, batch_size: int, epochs: int, seed: int) -> list[li
 
 def looks(num_steps: int, epochs: int, every: int | None) -> frozenset[int]:
     """The steps (from 1) after which the dev split is looked at: the last one, and each `every` or each epoch's end."""
-    return frozenset({num_steps, *range(every or num_steps // epochs, num_steps + 1, every or num_steps // epochs)})
+    step = every or num_steps // epochs
+    return frozenset({num_steps, *range(step, num_steps + 1, step)})
 
 
 def best_look(values: Mapping[int, float], more_is_better: bool) -> int:
