@@ -29,7 +29,10 @@ class Splits:
 
 @dataclass(frozen=True)
 class Context:
-    """`original`: the checkpoint the recipe names, as a local directory. `dtype`: of weights in memory."""
+    """`original`: the checkpoint the recipe names, as a local directory. `dtype`: of weights in memory.
+
+    `start`: where a search begins that goes on from a healed model; `gone`: the layers which that lacks, in order.
+    """
 
     recipe: Recipe
     rundir: RunDir
@@ -38,10 +41,16 @@ class Context:
     original: Path
     dtype: str
     reporter: Reporter
+    start: Path | None = None
+    gone: tuple[int, ...] = ()
 
     @property
     def baseline(self) -> Path:
-        """The unpruned model: the original, or the adapted one when the recipe heals before pruning."""
+        """The model that is pruned: the original, or the adapted one when the recipe heals before pruning; in a later
+        leg of a search the healed one that it starts from.
+        """
+        if self.start is not None:
+            return self.start
         heal = self.recipe.heal
         if heal is not None and heal.when in ("before", "both"):
             return self.rundir.local("models/adapted")

@@ -12,7 +12,7 @@ from raylp.context import Context
 from raylp.generate.layout import CPU_BYTES
 from raylp.generate.pool import make_generator
 from raylp.models.checkpoint import count_parameters
-from raylp.pipeline import needed_disk, open_context, wanted_stages
+from raylp.pipeline import needed_disk, num_depths, open_context, wanted_stages
 from raylp.progress import Reporter
 from raylp.recipe import Recipe
 from raylp.search.targets import most_evaluations, target_of
@@ -71,7 +71,7 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     recipe = context.recipe
     per_sentence = measured["tokens_per_sentence"]
     bound = measured["bound_per_sentence"]
-    depths = max(1, len(recipe.search.depths)) if recipe.search is not None else 0
+    depths = num_depths(context) if recipe.search is not None else 0
     repaired = depths * len(recipe.repair.methods) if recipe.repair is not None else 0
     models = 1 + depths + repaired + (depths + recipe.heal.baseline if recipe.heal is not None else 0)
     rows: dict[str, dict[str, Any]] = {}

@@ -28,6 +28,7 @@ from raylp.names import REPAIRED, kind_of
 from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
+from raylp.search.legs import stops
 from raylp.search.targets import target_of
 
 SCHEMA = 1
@@ -364,15 +365,25 @@ def open_manifest(context: Context) -> dict[str, Any]:
     return manifest
 
 
+def num_depths(context: Context) -> int:
+    """How many models are pruned."""
+    section, heal = context.recipe.search, context.recipe.heal
+    if section is not None and heal is not None and heal.every is not None:
+        return len(stops(section, heal.every, stack_size(context.original)))
+    return max(1, len(section.depths)) if section is not None else 1
+
+
 def needed_disk(context: Context) -> int:
     """Bytes the models and checkpoints of the run will take, roughly."""
     size = count_parameters(context.original)[1]
     copies = 0
     if context.recipe.search is not None:
-        copies += 1 + (len(context.recipe.repair.methods) if context.recipe.repair is not None else 0)
+        depths = num_depths(context)
+        copies += depths * (1 + (len(context.recipe.repair.methods) if context.recipe.repair is not None else 0))
     checkpoints = 0
     if context.recipe.heal is not None:
-        copies += {"after": 2, "before": 1, "both": 3}[context.recipe.heal.when]
+        when, baseline = context.recipe.heal.when, context.recipe.heal.baseline
+        copies += (num_depths(context) + baseline if when != "before" else 0) + (when != "after")
         checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
     there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))
     left = max(0, copies - there)

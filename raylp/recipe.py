@@ -146,6 +146,16 @@ class Recipe(Section):
         if start not in made:
             method = next(method for method, kind in REPAIRED.items() if kind == start)
             raise ValueError(f"heal.start: {start} needs repair.methods to name {method!r}")
+        if self.heal is not None and self.heal.every is not None:
+            search = self.search
+            if search is None or (search.layers is None and search.remove is None):
+                raise ValueError(
+                    "heal.every heals on the way to a number of layers: set search.layers or search.remove"
+                )
+            if search.max_loss is not None or search.swaps or search.strategy == "oneshot":
+                raise ValueError("heal.every: each leg is a search of its own: leave out max_loss, swaps and oneshot")
+            if self.repair is not None:
+                raise ValueError("heal.every heals the models as pruned: leave out the section 'repair'")
         if self.heal is not None and self.heal.loss.stored and (self.distill is None or self.distill.top_k is None):
             raise ValueError("heal.loss.teacher: stored learns from probabilities that distill.top_k keeps: set it")
         if self.heal is not None and self.heal.teacher_share is not None and self.distill is None:

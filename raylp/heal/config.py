@@ -66,6 +66,8 @@ FREE = ("workers", "row_tokens", "offload", "gradient_checkpointing", "checkpoin
 class Heal(Section):
     """`when`: `after` pruning, `before` it (adapts the baseline), or `both`. `data`: what to learn from,
     and of `both`, `teacher_share` of the examples from the teacher (default: as many as there are).
+    `every`: prune so many layers, heal, and search on from the healed model, until the search's target is reached;
+    the baseline learns as many steps in all. Default: once, at the end.
     `start`: what is healed, the models as pruned or as a method of `repair` left them.
 
     `baseline`: whether the unpruned model is healed alike, without which nothing can be said fairly.
@@ -84,6 +86,7 @@ class Heal(Section):
     """
 
     when: Literal["after", "before", "both"] = "after"
+    every: int | None = Field(None, ge=1)
     start: Literal["pruned", "compensated", "merged", "concatenated"] = "pruned"
     baseline: bool = True
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -120,6 +123,8 @@ class Heal(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Heal":
+        if self.every is not None and self.when == "before":
+            raise ValueError("every is about healing after pruning: set when: after or both")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
         if self.offload == "all" and self.zero_stage != 3:

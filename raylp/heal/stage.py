@@ -28,6 +28,8 @@ from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import kind_of
 from raylp.progress import Task
+from raylp.search.prune import prune_leg
+from raylp.search.stage import leg_stops, search_leg
 
 WORK, LOOKS = ".work/heal", ".work/heal-looks"
 POLL_S = 1.0
@@ -81,25 +83,33 @@ class Board:
 def heal(context: Context) -> dict[str, Any]:
     """Heals the pruned (or repaired) model to `healed-N`, and the baseline in the same way to `baseline-healed`.
 
-    Both learn the same examples in the same order: what remains between them is the layers.
+    Both learn the same examples in the same order: what remains between them is the layers. With `heal.every`, each
+    healed model is searched and pruned further, and healed again.
 
     Raises:
         UserError: there is no pruned model or no data yet, or training failed.
     """
-    start = _section(context).start
+    config, start = _section(context), _section(context).start
+    stops = leg_stops(context)
     names = [name for name in context.models() if kind_of(name) == start]
     if not names:
         verb = "prune" if start == "pruned" else "repair"
         raise UserError(f"heal: there is no {start} model in the run directory; run 'raylp {verb}' first", 1)
     done = {}
-    for name in names:
+    for number, name in enumerate([f"pruned-{stop}" for stop in stops] or names):
+        if stops and number:
+            search_leg(context, stops, number)
+            prune_leg(context, stops[number], stops[number - 1])
         healed = name.replace(f"{start}-", "healed-")
         source = context.rundir.local(f"models/{name}")
         removed = (read_card(source) or {}).get("removed", [])
         purpose = "after pruning" if start == "pruned" else f"{start} after pruning"
         done[healed] = heal_model(context, source, healed, purpose, removed)
-    if _section(context).baseline:
-        done["baseline-healed"] = heal_model(context, context.baseline, "baseline-healed", "as the pruned model", [])
+    if config.baseline:
+        as_much = config.model_copy(update={"epochs": config.epochs * max(1, len(stops))})
+        done["baseline-healed"] = heal_model(
+            context, context.baseline, "baseline-healed", "as the pruned model", [], as_much
+        )
     return done
 
 

@@ -84,7 +84,10 @@ class Joint:
 
 @dataclass(frozen=True)
 class Round:
-    """`gone`: what was out before the round, in order. `removed`: what went in it. `before`: the score it began at."""
+    """`gone`: what was out before the round, in order. `removed`: what went in it. `before`: the score it began at.
+
+    `start`: the number of layers at which the model was healed right before it, where it was.
+    """
 
     number: int
     gone: tuple[int, ...]
@@ -98,6 +101,7 @@ class Round:
     looks: int | None = None
     criterion: str = ""
     swap: bool = False
+    start: int | None = None
     floor: Floor | None = None
     joint: tuple[Joint, ...] = ()
     cost: Cost = Cost()
@@ -396,6 +400,8 @@ def read_plan(rundir: RunDir) -> Plan:
     gone: tuple[int, ...] = ()
     score = baseline
     for entry in content.get("rounds") or []:
+        if "start" in entry:
+            score = read_stat(entry["start"]["score"])
         round_ = _read_round(entry, len(rounds) + 1, gone, score)
         if not round_.removed and not round_.restored and not round_.candidates:
             # A round in which nothing happens is how the unpruned model's own score is noted.
@@ -454,6 +460,7 @@ def _read_round(entry: dict[str, Any], number: int, gone: tuple[int, ...], befor
         looks=entry.get("looks"),
         criterion=str(entry.get("criterion") or ""),
         swap=swap,
+        start=_mapping(entry.get("start")).get("layers"),
         floor=None
         if noise is None
         else Floor(noise, _finite(floor.get("best")), str(floor.get("decided_by") or "the objective all the same")),

@@ -185,6 +185,16 @@ def swap_sentence(plan: Plan) -> str:
     return f"{helped} swap{'s' if helped > 1 else ''} at the end (a layer back, another out) helped.{end}"
 
 
+def healed_sentences(plan: Plan, objective: str, digits: int) -> list[str]:
+    """Where the model was healed before the search went on."""
+    return [
+        f"Before round {round_.number} the model was healed at {round_.start} layers"
+        + (f": {objective} {numbers.plus_minus(round_.before, objective, digits)}." if round_.before else ".")
+        for round_ in plan.rounds
+        if round_.start is not None
+    ]
+
+
 def search_facts(plan: Plan, objective: str, digits: int) -> list[tuple[str, list[str]]]:
     """Names, and sentences under each; what the plan does not say is left out."""
     word = objective_word(plan.objective or {"chrF2++": 1.0})
@@ -200,6 +210,7 @@ def search_facts(plan: Plan, objective: str, digits: int) -> list[tuple[str, lis
         ("Noise floor", floor_sentences(plan, digits)),
         ("Cost", [f"{cost}." if (cost := cost_sentence(plan)) else ""]),
         ("Several at once", joint_sentences(plan, digits)),
+        ("Healed on the way", healed_sentences(plan, word, digits)),
         ("Depths", depths if len(depths) > 1 else []),
         ("Ended early", [f"{plan.stopped[:1].upper()}{plan.stopped[1:].rstrip('.')}."] if plan.stopped else []),
     ]
@@ -232,6 +243,7 @@ def search_lines(plan: Plan, objective: str, digits: int) -> list[str]:
         ("cost", cost_sentence(plan) if plan.spent.sentences is not None else ""),
         ("noise floor", " ".join(floor)),
         ("refined", swap_sentence(plan)),
+        ("healed on the way", " ".join(healed_sentences(plan, objective, digits))),
         ("layers left", "; ".join(depths) if len(depths) > 1 else ""),
         ("ended early", plan.stopped),
     ]

@@ -21,6 +21,19 @@ def prune(context: Context) -> dict[str, Any]:
     return {**made[-1], "models": made}
 
 
+def prune_leg(context: Context, stop: int, before: int) -> None:
+    """Writes models/pruned-<stop> from models/healed-<before>, by the leg's plan."""
+    leg = context.rundir.read_json(f"legs/{stop}/plan.json")
+    depths = {depth["layers"]: depth["removed"] for depth in context.rundir.read_json("plan.json")["depths"]}
+    source = context.rundir.local(f"models/healed-{before}")
+    prompt = context.prompt.model_dump(mode="json")
+    card = card_for(context.recipe.model.name, fingerprint(context.baseline), leg["stack"], depths[stop], prompt)
+    # Another healing of the same layers is another model.
+    card |= {"from": fingerprint(source)}
+    cluster.start(context.recipe.resources)
+    _make(context, f"pruned-{stop}", cut_and_prove, source, card, _to_prove_on(context), (leg["removed"],))
+
+
 def make_models(
     context: Context, kind: str, make: Callable[..., None], further: dict[str, Any] | None = None, *more: Any
 ) -> list[dict[str, Any]]:
@@ -30,10 +43,13 @@ def make_models(
     which it may add. `further`: what else belongs into it.
     """
     plan = context.rundir.read_json("plan.json")
-    depths = plan.get("depths") or [{"layers": plan["num_layers"] - len(plan["removed"]), "removed": plan["removed"]}]
-    tests = [example for examples in context.splits.test.values() for example in examples]
-    examples = (context.splits.search or context.splits.train or tests)[:PROOF_SENTENCES]
-    sentences = [(example.source, example.pair) for example in examples]
+    # Those of later legs come from healed models.
+    depths = (
+        plan["depths"][: 1 if "legs" in plan else None]
+        if plan.get("depths")
+        else [{"layers": plan["num_layers"] - len(plan["removed"]), "removed": plan["removed"]}]
+    )
+    sentences = _to_prove_on(context)
     cluster.start(context.recipe.resources)
     prompt = context.prompt.model_dump(mode="json")
     print_of = fingerprint(context.baseline)
@@ -41,16 +57,24 @@ def make_models(
     for depth in depths:
         card = card_for(context.recipe.model.name, print_of, plan["stack"], depth["removed"], prompt)
         name = f"{kind}-{depth['layers']}"
-        _make(context, name, make, {**card, **(further or {})}, sentences, more)
+        _make(context, name, make, context.baseline, {**card, **(further or {})}, sentences, more)
         parameters, size = count_parameters(context.rundir.local(f"models/{name}"))
         made.append({"model": name, "parameters": parameters, "bytes": size})
     return made
+
+
+def _to_prove_on(context: Context) -> list[tuple[str, str]]:
+    """A few sentences and their pairs."""
+    splits = context.splits
+    examples = (splits.search or splits.train or splits.held_out)[:PROOF_SENTENCES]
+    return [(example.source, example.pair) for example in examples]
 
 
 def _make(
     context: Context,
     name: str,
     make: Callable[..., None],
+    source: Path,
     card: dict[str, Any],
     sentences: Sequence[tuple[str, str]],
     more: Sequence[Any],
@@ -61,7 +85,7 @@ def _make(
         there = read_card(context.rundir.local(f"models/{name}")) or {}
         if {key: there.get(key) for key in card} == card:
             return
-    source, prompt = context.baseline, context.prompt
+    prompt = context.prompt
     with context.reporter.task(f"make {name}") as task, context.rundir.building(f"models/{name}") as target:
         work = ray.remote(num_cpus=1, max_retries=0)(make).remote(source, target, card, prompt, sentences, *more)
         while not ray.wait([work], timeout=2)[0]:
@@ -73,26 +97,39 @@ def _make(
 
 
 def cut_and_prove(
-    source: Path, target: Path, card: dict[str, Any], prompt: Prompt, sentences: Sequence[tuple[str, str]]
+    source: Path,
+    target: Path,
+    card: dict[str, Any],
+    prompt: Prompt,
+    sentences: Sequence[tuple[str, str]],
+    removed: Sequence[int] | None = None,
 ) -> None:
-    """Saves `source` without `card["removed"]` in `target`, loads it again, and compares it with the view it is of.
+    """Saves `source` without its layers `removed` (default: those of the card) in `target`, loads it again, and
+    compares it with the view it is of.
 
     Raises:
         UserError: the two do not give the same tokens for `sentences`.
     """
-    save_and_prove(load_model(source, stored_dtype(source)), source, target, card, prompt, sentences)
+    save_and_prove(load_model(source, stored_dtype(source)), source, target, card, prompt, sentences, removed)
 
 
 def save_and_prove(
-    model: Any, source: Path, target: Path, card: dict[str, Any], prompt: Prompt, sentences: Sequence[tuple[str, str]]
+    model: Any,
+    source: Path,
+    target: Path,
+    card: dict[str, Any],
+    prompt: Prompt,
+    sentences: Sequence[tuple[str, str]],
+    removed: Sequence[int] | None = None,
 ) -> None:
-    """Saves `model`, which came from `source`, without `card["removed"]`, as `cut_and_prove` does."""
+    """Saves `model`, which came from `source`, as `cut_and_prove` does."""
     from raylp.generate.transformers_view import TransformersGenerator
 
     dtype, tokenizer = stored_dtype(source), load_tokenizer(source)
-    save_checkpoint(model, source, target, card, card["removed"])
+    removed = card["removed"] if removed is None else removed
+    save_checkpoint(model, source, target, card, removed)
     requests = prompt.requests(tokenizer, sentences)
-    seen = TransformersGenerator(model, tokenizer, prompt.newline).generate(requests, card["removed"])
+    seen = TransformersGenerator(model, tokenizer, prompt.newline).generate(requests, removed)
     del model
     reloaded = TransformersGenerator(load_model(target, dtype), load_tokenizer(target), prompt.newline)
     for before, after in zip(seen, reloaded.generate(requests), strict=True):

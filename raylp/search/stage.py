@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from raylp.models.load import load_tokenizer, read_config
 from raylp.models.source import fingerprint
 from raylp.progress import Task
 from raylp.rundir import RunDir
+from raylp.search import legs
 from raylp.search.blocks import Block, make_blocks
 from raylp.search.config import Search as Section
 from raylp.search.evaluator import LedgerEvaluator
@@ -62,7 +64,49 @@ def stack_path(path: Path) -> str:
 
 
 def search(context: Context) -> dict[str, Any]:
-    """Runs the search, or takes the given list, and writes plan.json. What the ledger knows is not computed again."""
+    """Runs the search, or takes the given list, and writes plan.json; where healing comes in between, the first leg.
+    What the ledger knows is not computed again.
+    """
+    stops = leg_stops(context)
+    return search_leg(context, stops, 0) if stops else search_from(context)
+
+
+def leg_stops(context: Context) -> list[int]:
+    """Numbers of layers at which the recipe heals; empty where it does so once."""
+    section, heal = context.recipe.search, context.recipe.heal
+    if section is None or heal is None or heal.every is None:
+        return []
+    return legs.stops(section, heal.every, stack_size(context.baseline))
+
+
+def search_leg(context: Context, stops: Sequence[int], number: int) -> dict[str, Any]:
+    """Searches from the model healed at the stop before `stops[number]` (the unpruned one for the first) down to it,
+    in a directory of its own, legs/N; then plan.json is put together of the legs so far.
+    """
+    rundir, section = context.rundir, context.recipe.search
+    assert section is not None
+    folders = [RunDir(rundir.uri(f"legs/{stop}")) for stop in stops[: number + 1]]
+    starts = [{"model": f"healed-{stop}", "layers": stop} for stop in stops[:number]]
+    plans = [folder.read_json("plan.json") for folder in folders[:number]]
+    start, gone, num_layers = context.baseline, (), stack_size(context.baseline)
+    if number:
+        start = rundir.local(f"models/{starts[-1]['model']}")
+        gone = tuple(legs.joined(plans, starts[:-1])["removed"])
+        context.reporter.line(f"search goes on from {starts[-1]['model']}, to {stops[number]} layers")
+    recipe = context.recipe.model_copy(update={"search": legs.section_of(section, stops[number], num_layers, gone)})
+    leg = replace(context, recipe=recipe, rundir=folders[number], start=start, gone=gone)
+    there = folders[number].read_json("plan.json") if folders[number].exists("plan.json") else {}
+    summary = {} if there.get("fingerprint") == fingerprint(start) else search_from(leg)
+    plans.append(folders[number].read_json("plan.json"))
+    rundir.write_json("plan.json", legs.joined(plans, starts))
+    took = [folder.read_json(RECORD) for folder in folders]
+    spent = {key: sum(one["spent"].get(key, 0) for one in took) for key in took[-1]["spent"]}
+    rundir.write_json(RECORD, {**took[0], "rounds": [r for one in took for r in one["rounds"]], "spent": spent})
+    return summary
+
+
+def search_from(context: Context) -> dict[str, Any]:
+    """One search on `context.baseline`; `search` says what it writes."""
     section = context.recipe.search
     assert section is not None
     path = context.baseline
@@ -221,8 +265,10 @@ class Progress:
     """What a search says while it runs: round, candidates alive, leader, units a second, time left."""
 
     def __init__(self, context: Context, task: Task, section: Section, target: Target) -> None:
-        self.reporter, self.task, self.section, self.target = context.reporter, task, section, target
+        self.context, self.task, self.section, self.target = context, task, section, target
+        self.reporter = context.reporter
         self.name = objective_name(section.objective)
+        self.left = legs.remaining(target.num_layers + len(context.gone), context.gone)
         self.rounds, self.tried, self.units = 0, 0, 0
         self.note = "with all layers"
         self.started = time.monotonic()
@@ -249,7 +295,7 @@ class Progress:
         else:
             self.note = (
                 f"round {self.rounds + 1}: {told['alive']} alive after {told['sentences']} sentences, layer "
-                f"{told['leader']} leads with {told['score']:.1f}"
+                f"{self.left[told['leader']]} leads with {told['score']:.1f}"
             )
         self.task.beat(self.note)
 
@@ -262,10 +308,11 @@ class Progress:
             self.target.num_layers - len(last.gone), len(self.target.protected), self._rounds_left(last)
         )
         self.task.expect(self.task.done + left * self.units / max(1, self.tried))
-        took = ", ".join(map(str, last.removed)) or "none"
-        back = f", {', '.join(map(str, last.restored))} comes back" if last.restored else ""
+        took, comes_back = (", ".join(str(self.left[i]) for i in layers) for layers in (last.removed, last.restored))
+        back = f", {comes_back} comes back" if comes_back else ""
+        without = [*self.context.gone, *(self.left[i] for i in last.gone)]
         score = f", {self.name} {last.score.value:.2f}" if last.score else ""
-        self.reporter.line(f"round {self.rounds}: layer {took} goes{back}{score} without {list(last.gone)}")
+        self.reporter.line(f"round {self.rounds}: layer {took or 'none'} goes{back}{score} without {without}")
 
     def _rounds_left(self, last: Round) -> int:
         return max(0, self.target.most - len(last.gone)) if self.target.depths else 0
