@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,20 @@ def test_the_likeliest_sample_is_kept_and_its_probabilities_teach(
     assert len(train) == summary["kept"] and all(example.top is not None for example in train)
     ends = [example.target[-1] for example in train]
     assert set(ends) == {toy.toy_tokenizer()(toy.TOY_STOP, add_special_tokens=False).input_ids[-1]}
+
+
+def test_a_teacher_with_other_words_is_refused_before_it_translates(tmp_path: Path, toy_data: dict[str, Path]) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(toy.toy_model(), teacher)
+    tokenizer = toy.toy_tokenizer()
+    tokenizer.add_tokens(["neu"])
+    tokenizer.save_pretrained(teacher)
+    context = make_context(tmp_path / "run", toy_data, teacher=str(teacher), top_k=4)
+    heal = Heal.model_validate({"data": "teacher", "loss": {"distillation": 1, "teacher": "stored"}})
+    asks = replace(context, recipe=context.recipe.model_copy(update={"heal": heal}))
+    with pytest.raises(UserError, match="another vocabulary"):
+        distill(asks)
+    assert not context.rundir.names(".work")
 
 
 DRIVER = """

@@ -73,6 +73,7 @@ def distill(context: Context) -> dict[str, Any]:
         raise UserError(f"distill: no {wanted} to translate; name data.<name>.{config.sources}")
     check(context)
     teacher = _teacher(context, config)
+    _check_words(context, config, teacher)
     began = time.monotonic()
     asked = _digest(context, config, teacher, pairs)
     judged = _judged(context, config, asked)
@@ -91,7 +92,6 @@ def distill(context: Context) -> dict[str, Any]:
             "of": judged,
             "teacher": str(config.teacher),
             "fingerprint": None if config.endpoint else fingerprint(teacher.path),
-            "words": words_of(teacher.tokenizer),
             **_write(context, config, teacher, pairs, parts, target / "teacher.parquet"),
             "found_from_before": before,
             "engine": {
@@ -119,6 +119,21 @@ def _teacher(context: Context, config: Distill) -> Teacher:
     text_config = read_config(path).get_text_config(decoder=True)
     rule = stop_rule(tokenizer, [text_config, read_generation_config(path)], context.prompt.newline)
     return Teacher(path, tokenizer, rule, "bfloat16" if config.dtype == "auto" else config.dtype)
+
+
+def _check_words(context: Context, config: Distill, teacher: Teacher) -> None:
+    """A teacher whose probabilities are to be learned from has the words of the model that learns."""
+    heal = context.recipe.heal
+    if (
+        heal is None
+        or not heal.loss.stored
+        or words_of(teacher.tokenizer) == words_of(load_tokenizer(context.baseline))
+    ):
+        return
+    raise UserError(
+        f"heal.loss.teacher: stored: the teacher {config.teacher} has another vocabulary than the model that learns; "
+        f"use heal.loss.teacher: base, or the teacher's translations alone"
+    )
 
 
 def _digest(context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair]) -> str:

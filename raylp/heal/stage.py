@@ -15,7 +15,7 @@ from typing import Any
 from raylp import cluster
 from raylp.context import Context
 from raylp.data.corpus import write_jsonl
-from raylp.data.tokens import Example, Top, words_of
+from raylp.data.tokens import Example, Top
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import FREE, Heal, Loss
@@ -217,7 +217,7 @@ def _examples(context: Context, config: Heal, source: Path) -> tuple[list[Exampl
     shown, stored = context.prompt.examples, config.loss.stored
     pairs = choose(context.splits.train, teacher, config.data, shown, config.teacher_share, stored)
     tokenizer = load_tokenizer(source)
-    said = _said(context, tokenizer) if config.loss.stored else {}
+    said = _said(context) if config.loss.stored else {}
     train = tokenise(pairs, context.prompt, tokenizer, config.max_tokens, said)
     if not train:
         raise UserError(
@@ -236,18 +236,11 @@ def _table(context: Context, columns: Sequence[str]) -> Any:
     return pyarrow.parquet.read_table(file, columns=[name for name in columns if name in there])
 
 
-def _said(context: Context, tokenizer: Any) -> dict[tuple[str, str], tuple[tuple[int, ...], Top]]:
+def _said(context: Context) -> dict[tuple[str, str], tuple[tuple[int, ...], Top]]:
     """By (pair, id): the teacher's own tokens and what else it might have said, as `tokenise` takes them."""
     table = _table(context, ["id", "pair", "kept", "token_ids", "top_ids", "top_logprobs"])
     if "top_ids" not in table.column_names:
         raise UserError("heal.loss.teacher: stored needs the teacher's probabilities: set distill.top_k", 2)
-    summary = context.rundir.read_json("distill/summary.json")
-    if summary["words"] != words_of(tokenizer):
-        raise UserError(
-            f"heal.loss.teacher: stored: the teacher {summary['teacher']} has another vocabulary than the model that "
-            f"learns; use heal.loss.teacher: base, or the teacher's translations alone",
-            2,
-        )
     found = {}
     for batch in table.to_batches():
         rows = zip(*(batch[column].to_pylist() for column in ("pair", "id", "kept")), strict=True)
