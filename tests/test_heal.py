@@ -545,3 +545,19 @@ def test_sharded_checkpoints_ask_for_their_number_of_workers(toy_data: dict[str,
     told = second.communicate(timeout=600)[1]
     assert second.returncode == 1
     assert "is of 2 workers with heal.zero_stage: 2" in told and "set heal.workers=2" in told
+
+
+@pytest.mark.faults
+def test_looks_at_dev_survive_a_killed_driver(toy_data: dict[str, Path], tmp_path: Path) -> None:
+    """Weights that were handed over and not yet translated are, by the next start; none is translated differently."""
+    section = {"keep": "chrF++", "look_every": 4, "checkpoint_every": 3}
+    runs = [tmp_path / name for name in ("killed", "undisturbed")]
+    killed_on_the_way(runs[0], toy_data, **section)
+    for run in runs:
+        process = driver(run, toy_data, **section)
+        assert (process.communicate(timeout=600)[1], process.returncode)[1] == 0
+    told, whole = ({r["step"]: r["dev_chrf"] for r in records(run) if "dev_chrf" in r} for run in runs)
+    assert list(told) == [4, 8, 12, 16, 20, 24, 26]
+    assert told == pytest.approx(whole, abs=1e-6)
+    kept = [json.loads((run / "heal" / "healed-5.json").read_text())["kept"] for run in runs]
+    assert kept[0] == kept[1]
