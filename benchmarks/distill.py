@@ -3,8 +3,9 @@
     python benchmarks/distill.py MODEL SOURCES --pair en-de --examples 3 --batch-size 32 --repeats 2
 
 MODEL: a checkpoint, as in a recipe. SOURCES: pairs, as a recipe's train split. Plain vLLM is given all prompts at once,
-with the options of raylp's engines, in a process of its own. Tokens are those generated. `while it works`: from the
-first batch that is done to the last one, its tokens left out; `from the start of the work`: engines' start included.
+with the options of raylp's engines, in a process of its own. Tokens are those generated. `while it works`: from when
+as many rows are done as a batch has to the last one, the first ones' tokens left out, in both; `from the start of the
+work`: engines' start included.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def by_raylp(given: argparse.Namespace, run_dir: Path, job: Path) -> dict[str, f
     class Timed(stage.Parts):
         def add(self, said: Any) -> None:
             super().add(said)
-            arrived.append((time.monotonic(), sum(len(one.tokens) for one in said)))
+            arrived.extend((time.monotonic(), len(one.tokens)) for one in said)
 
     stage.Parts = Timed  # type: ignore[misc]
     context = open_context(recipe, Reporter())
@@ -87,19 +88,17 @@ def by_raylp(given: argparse.Namespace, run_dir: Path, job: Path) -> dict[str, f
     if not _gpu():
         options |= {**cpu_options(teacher.path, teacher.dtype, longest, CPU_SEQUENCES), "worker_cls": CPU_WORKER}
     asked = [(list(request.tokens), request.max_new_tokens) for request in requests]
-    job.write_bytes(pickle.dumps((str(teacher.path), options, asked, sorted(teacher.rule.stop))))
+    job.write_bytes(pickle.dumps((str(teacher.path), options, asked, sorted(teacher.rule.stop), given.batch_size)))
     began = time.monotonic()
     stage.distill(context)
     ray.shutdown()
-    tokens = sum(count for _, count in arrived)
-    (first, count), (last, _) = arrived[0], arrived[-1]
-    return {"tokens": tokens, "working": (tokens - count) / (last - first), "whole": tokens / (last - began)}
+    return figures(arrived, given.batch_size, began)
 
 
 def plain(job: Path) -> None:
     """Prints the same of vLLM alone."""
     began = time.monotonic()
-    path, options, asked, stop = pickle.loads(job.read_bytes())
+    path, options, asked, stop, batch = pickle.loads(job.read_bytes())
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     from vllm import LLM, SamplingParams
 
@@ -108,11 +107,24 @@ def plain(job: Path) -> None:
         SamplingParams(temperature=0, max_tokens=most, stop_token_ids=stop, ignore_eos=True, detokenize=False)
         for _, most in asked
     ]
-    started = time.monotonic()
-    outputs = engine.generate([{"prompt_token_ids": tokens} for tokens, _ in asked], params, use_tqdm=False)
-    ended = time.monotonic()
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    print(json.dumps({"tokens": tokens, "working": tokens / (ended - started), "whole": tokens / (ended - began)}))
+    for number, ((tokens, _), own) in enumerate(zip(asked, params, strict=True)):
+        engine.llm_engine.add_request(str(number), {"prompt_token_ids": tokens}, own)
+    arrived: list[tuple[float, int]] = []
+    while engine.llm_engine.has_unfinished_requests():
+        done = [output for output in engine.llm_engine.step() if output.finished]
+        arrived += [(time.monotonic(), len(output.outputs[0].token_ids)) for output in done]
+    print(json.dumps(figures(arrived, batch, began)))
+
+
+def figures(arrived: list[tuple[float, int]], batch: int, began: float) -> dict[str, float]:
+    """`arrived`: when rows were done, and their tokens. The first batch starts the clock; its tokens are left out."""
+    first, tokens = arrived[batch - 1][0], sum(count for _, count in arrived)
+    last = arrived[-1][0]
+    return {
+        "tokens": tokens,
+        "working": sum(count for _, count in arrived[batch:]) / (last - first),
+        "whole": tokens / (last - began),
+    }
 
 
 def _gpu() -> bool:
