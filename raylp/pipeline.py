@@ -323,7 +323,7 @@ def fingerprints(context: Context) -> dict[str, str]:
     for stage in wanted_stages(context.recipe):
         examples = [row for split in depends_on(stage, context.recipe) for row in rows[split]]
         content = [
-            {key: recipe[key] for key in stage.sections},
+            {key: recipe.get(key) for key in stage.sections},
             [found[name] for name in stage.needs if name in found],
             examples,
             context.prompt.model_dump(mode="json"),

@@ -241,11 +241,12 @@ def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def binding(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's sections as mappings, without the keys that change no result."""
-    content = recipe.model_dump(mode="json")
+    """The recipe's sections as mappings, without the keys that change no result or have their default's value: a run
+    stays the same when a later version knows more keys. (Where a default changes, `differences` tells.)
+    """
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
     for section, key in (place.split(".") for place in FREE_KEYS):
-        if content[section] is not None:
-            del content[section][key]
+        content.get(section, {}).pop(key, None)
     return content
 
 

@@ -93,4 +93,4 @@ def test_only_free_sections_may_change() -> None:
     assert ("heal.epochs", None, 1) in differences(old, parse_recipe({**GOOD, "heal": {}}))
     healed = parse_recipe({**GOOD, "heal": {"workers": 2}})
     assert differences(healed, parse_recipe({**GOOD, "heal": {"row_tokens": 64, "checkpoint_every": 5}})) == []
-    assert "workers" not in binding(healed)["heal"] and binding(healed)["heal"]["epochs"] == 1
+    assert binding(healed)["heal"] == {}, "keys at their defaults do not bind: a later version may know more of them"

@@ -147,7 +147,7 @@ def _digest(context: Context, config: Distill, teacher: Teacher, pairs: Sequence
 
 def _judged(context: Context, config: Distill, asked: str) -> str:
     """All that the finished table depends on: what was asked, how it is judged, and by which other text."""
-    digest = hashlib.sha256(f"{asked}{config.model_dump_json()}".encode())
+    digest = hashlib.sha256(f"{asked}{config.model_dump_json(exclude_defaults=True)}".encode())
     for pair in (*context.splits.train, *context.splits.held_out):
         digest.update(f"{pair.pair}\0{pair.source}\0{pair.target}\0".encode())
     return digest.hexdigest()[:12]

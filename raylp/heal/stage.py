@@ -266,7 +266,8 @@ def _gpus(config: Heal) -> int:
 def _digest(source: Path, job: dict[str, Any], train: Sequence[Example], dev: Sequence[Example]) -> str:
     """What an interrupted run must share with the one that goes on with its checkpoints; 12 hex digits."""
     digest = hashlib.sha256(fingerprint(source).encode())
-    bound = {key: value for key, value in job["heal"].items() if key not in FREE}
+    section = Heal.model_validate(job["heal"]).model_dump(exclude_defaults=True)
+    bound = {key: value for key, value in section.items() if key not in FREE}
     digest.update(json.dumps([bound, job["dtype"]], sort_keys=True).encode())
     if "teacher" in job:
         digest.update(f"{fingerprint(Path(job['teacher']))} {job['removed']}".encode())
