@@ -293,8 +293,11 @@ def _fit(
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    # Here, where the driver is: another node may be taken away, and only its workers start again elsewhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     rundir = context.rundir
     size = STEPS_OF_A_BLOCK
     blocks = [ray.put(list(steps[start : start + size])) for start in range(0, len(steps), size)]
