@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
+    if given.limit <= 2 * given.batch_size:
+        parser.error("--limit: give several times the rows of a batch")
     found: dict[str, list[dict[str, float]]] = {"raylp": [], "plain vLLM": []}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(given.repeats):
@@ -101,10 +103,18 @@ def plain(job: Path) -> None:
     path, options, asked, stop, batch = pickle.loads(job.read_bytes())
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     engine = LLM(path, **options)
     params = [
-        SamplingParams(temperature=0, max_tokens=most, stop_token_ids=stop, ignore_eos=True, detokenize=False)
+        SamplingParams(
+            temperature=0,
+            max_tokens=most,
+            stop_token_ids=stop,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         for _, most in asked
     ]
     for number, ((tokens, _), own) in enumerate(zip(asked, params, strict=True)):

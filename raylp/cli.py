@@ -92,9 +92,12 @@ def prune(
         given = [int(layer) for layer in layers.split(",")]
     except ValueError:
         raise UserError(f"--layers {layers!r}: write layer numbers with commas between, such as 13,12,11") from None
+    from raylp.recipe import load_recipe
     from raylp.search.config import TARGETS
 
     chosen = [*overrides, *(f"search.{target}=null" for target in TARGETS), f"search.given={given}"]
+    if (loaded := load_recipe(recipe, overrides)).heal is not None and loaded.heal.every is not None:
+        chosen.append("heal.every=null")  # a list that is given is cut at once
     _run(recipe, chosen, "search", "prune")
 
 

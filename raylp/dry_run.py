@@ -89,7 +89,9 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
             tokens = sentences * per_sentence
         elif stage.name in ("heal", "adapt") and recipe.heal is not None:
             both = 2 if recipe.heal.data == "both" and stage.name == "heal" else 1
-            trained = depths + recipe.heal.baseline if stage.name == "heal" else 1
+            # Healed in turn, the unpruned model is as often.
+            times = depths if recipe.heal.every is not None else 1
+            trained = depths + times * recipe.heal.baseline if stage.name == "heal" else 1
             sentences = len(context.splits.train) * both * recipe.heal.epochs * trained
             tokens = sentences * per_sentence
             scale = TRAINING_OVER_GENERATION

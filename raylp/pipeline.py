@@ -24,7 +24,7 @@ from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
-from raylp.names import REPAIRED, kind_of
+from raylp.names import REPAIRED
 from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
@@ -101,8 +101,9 @@ def read_by(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """
     if stage.name == "distill" and recipe.distill is not None:
         return (recipe.distill.sources,)
-    if stage.name == "heal" and recipe.heal is not None and recipe.heal.looks_at_dev:
-        return (*stage.splits, "dev")
+    if stage.name == "heal" and recipe.heal is not None:
+        learned = stage.splits if recipe.heal.data != "teacher" else ()
+        return (*learned, "dev") if recipe.heal.looks_at_dev else learned
     heals = stage.name == "search" and recipe.search is not None and recipe.search.heals
     return (*stage.splits, "train") if heals else stage.splits
 
@@ -124,6 +125,8 @@ def find_stage(recipe: Recipe, name: str) -> Stage:
     for stage in wanted_stages(recipe):
         if stage.name == name:
             return stage
+    if name == "heal" and recipe.heal is not None:
+        raise UserError("heal.when: before has the model trained before it is pruned: raylp run does so")
     section = "search" if name == "prune" else name
     raise UserError(f"the recipe has no stage {name!r}: add a section '{section}:' to it (docs/recipe.md)")
 
@@ -250,8 +253,8 @@ def run(
                 continue
             if done and done["fingerprint"] != prints[stage.name] and stage.name != "bench":
                 raise UserError(
-                    f"{stage.name} was done on other inputs (data or model files changed since): use a new run_dir, or "
-                    f"put them back"
+                    f"{stage.name} was done on other inputs (data or model files changed since, or raylp itself): "
+                    f"use a new run_dir, or put them back"
                 )
             started = time.monotonic()
             summary = stage.run(context)
@@ -278,12 +281,16 @@ def run(
 def outputs_there(context: Context, stage: str) -> bool:
     """Whether what a finished stage left is still whole."""
     rundir = context.rundir
-    names = rundir.names("models")
+    plan = rundir.read_json("plan.json") if rundir.exists("plan.json") else {}
+    gone = [depth["removed"] for depth in plan.get("depths") or []] or [plan.get("removed", [])]
+    depths = [plan.get("num_layers", 0) - len(removed) for removed in gone]
+    repair = context.recipe.repair
+    methods = [REPAIRED[method] for method in repair.methods] if repair is not None else []
     models = {
         "adapt": ["adapted"],
-        "prune": [name for name in names if kind_of(name) == "pruned"] or ["pruned"],
-        "repair": [name for name in names if kind_of(name) in REPAIRED.values()] or ["repaired"],
-        "heal": [name for name in names if kind_of(name) == "healed"] or ["healed"],
+        "prune": [f"pruned-{depth}" for depth in (depths[:1] if "legs" in plan else depths)],
+        "repair": [f"{kind}-{depth}" for kind in methods for depth in depths],
+        "heal": [f"healed-{depth}" for depth in depths],
     }
     files = {"search": "plan.json", "evaluate": "evaluate.json", "bench": "bench.json"}
     if context.recipe.heal is not None and context.recipe.heal.baseline:
@@ -392,9 +399,9 @@ def needed_disk(context: Context) -> int:
 
 def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints: dict[str, str]) -> None:
     for need in stage.needs:
-        verb = "run" if need == "adapt" else need
+        how = "raylp run RECIPE" if need == "adapt" else f"raylp {need} RECIPE, or raylp run RECIPE for all of it"
         if need in prints and manifest["stages"].get(need, {}).get("fingerprint") != prints[need]:
-            raise UserError(f"{stage.name} needs {need} first: raylp {verb} RECIPE, or raylp run RECIPE for all of it")
+            raise UserError(f"{stage.name} needs {need} first: {how}")
 
 
 def _pair_of(recipe: Recipe, name: str) -> str:

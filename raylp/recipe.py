@@ -1,6 +1,8 @@
 """A recipe: one YAML file that says what a run is. Read whole and checked whole before anything starts."""
 
 import difflib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -8,8 +10,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from raylp.bench.config import Bench
-from raylp.config import Section
+from raylp.config import Section, changed, same
 from raylp.data.prompt import DEFAULT_TEMPLATE, Bound
+from raylp.distill.config import FREE as DISTILL_FREE
 from raylp.distill.config import Distill
 from raylp.errors import UserError
 from raylp.evaluate.config import Evaluate
@@ -22,7 +25,7 @@ from raylp.serve.config import Serve
 
 # A run directory goes on when these change; every other change makes it another run.
 FREE_SECTIONS = ("resources", "serve", "bench", "cache", "run_dir")
-FREE_KEYS = tuple(f"heal.{key}" for key in HEAL_FREE)
+FREE_KEYS = (*(f"heal.{key}" for key in HEAL_FREE), *(f"distill.{key}" for key in DISTILL_FREE))
 
 File = str | list[str]
 
@@ -140,6 +143,22 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
+    def _stages_have_what_they_need(self) -> "Recipe":
+        if self.repair is not None and self.search is None:
+            raise ValueError("repair mends what a search has pruned: add a section 'search:'")
+        if self.heal is not None and self.heal.when != "before" and self.search is None:
+            raise ValueError(
+                "heal trains what a search has pruned: add a section 'search:' (search.given takes a list of layers), "
+                "or set heal.when: before"
+            )
+        if self.heal is not None and self.heal.data == "teacher" and self.distill is None:
+            raise ValueError(
+                "heal.data: teacher learns from a teacher's translations: add a section 'distill:', or set "
+                "heal.data: authentic"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heals_what_is_there(self) -> "Recipe":
         start = self.heal.start if self.heal is not None else "pruned"
         made = ["pruned", *(REPAIRED[method] for method in (self.repair.methods if self.repair else ()))]
@@ -154,6 +173,8 @@ class Recipe(Section):
                 )
             if search.max_loss is not None or search.swaps or search.strategy == "oneshot":
                 raise ValueError("heal.every: each leg is a search of its own: leave out max_loss, swaps and oneshot")
+            if "agreement" in search.objective:
+                raise ValueError("heal.every: a later leg has no unpruned model to agree with: take another objective")
             if self.repair is not None:
                 raise ValueError("heal.every heals the models as pruned: leave out the section 'repair'")
         if self.heal is not None and self.heal.loss.stored and (self.distill is None or self.distill.top_k is None):
@@ -200,7 +221,8 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe", base: Path | Non
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{name}: {'; '.join(_explain(content, item) for item in error.errors())}") from error
+        told = dict.fromkeys(_explain(content, item) for item in _telling(error.errors()))
+        raise UserError(f"{name}: {'; '.join(told)}") from error
     if base is None:
         return recipe
     data = {key: _anchor(corpus, base) for key, corpus in recipe.data.items()}
@@ -237,14 +259,14 @@ def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """Keys outside the free sections whose values differ: (key, old, new)."""
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
     keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS]
-    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    return [(key, before.get(key), after.get(key)) for key in keys if not same(before.get(key), after.get(key))]
 
 
 def binding(recipe: Recipe) -> dict[str, Any]:
     """The recipe's sections as mappings, without the keys that change no result or have their default's value: a run
     stays the same when a later version knows more keys. (Where a default changes, `differences` tells.)
     """
-    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    content = changed(recipe)
     for section, key in (place.split(".") for place in FREE_KEYS):
         content.get(section, {}).pop(key, None)
     return content
@@ -295,8 +317,14 @@ def _override(content: dict[str, Any], override: str) -> None:
         place[last] = text
 
 
+def _telling(errors: Sequence[Any]) -> list[Any]:
+    """Without what a number's alternative, `false`, has to say: it is no news that a number is not `false`."""
+    rest = [error for error in errors if error["type"] != "literal_error" or error["ctx"]["expected"] != "False"]
+    return rest or list(errors)
+
+
 def _explain(content: dict[str, Any], item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+    place = ".".join(str(part) for part in item["loc"] if not re.match(r"constrained-|literal\[", str(part)))
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
@@ -307,7 +335,9 @@ def _explain(content: dict[str, Any], item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     given = item.get("input")
     shown = f" (it is {given!r})" if not isinstance(given, (dict, list)) else ""
-    return f"{place or 'recipe'}: {message}{shown}"
+    if item["type"] == "model_type":
+        return f"{place}: a section of keys is wanted, or nothing for the defaults{shown}"
+    return f"{place}: {message}{shown}" if place else message
 
 
 def _known_keys(path: tuple[Any, ...]) -> list[str]:

@@ -1,5 +1,6 @@
 """The `distill` section of a recipe."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +9,17 @@ from raylp.config import Section
 from raylp.metrics.registry import full_name, is_comet
 
 Off = Literal[False]
+LIMITS = (
+    "max_words",
+    "max_length_ratio",
+    "min_characters",
+    "language",
+    "max_similarity_to_source",
+    "max_similarity_to_held_out",
+    "min_chrf_to_reference",
+    "min_embedding_similarity",
+    "min_comet",
+)
 
 
 class Filters(Section):
@@ -51,16 +63,19 @@ class Filters(Section):
             raise ValueError("a COMET checkpoint is wanted, such as wmt22-cometkiwi-da")
         return name
 
-    @field_validator("*", mode="before")
+    @field_validator(*LIMITS, mode="before")
     @classmethod
-    def _true_is_no_limit(cls, value: object, info: object) -> object:
-        """`true` for a number would pass for 1."""
-        name = getattr(info, "field_name", "")
-        if value is True and not isinstance(cls.model_fields[name].default, bool):
-            raise ValueError("give a number, or false to turn it off")
-        if value is True and name.startswith("min_"):
+    def _zero_is_a_limit(cls, value: object) -> object:
+        """Only `false` turns a limit off."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if value is None or isinstance(value, str):
             raise ValueError("give a number, or false to turn it off")
         return value
+
+
+# What may change while a distill is interrupted: where and in what portions texts are translated, not what is asked.
+FREE = ("engines", "gpus_per_engine", "batch_size")
 
 
 class Distill(Section):
@@ -114,6 +129,12 @@ class Distill(Section):
             raise ValueError(f"{self.samples} samples at temperature 0 are all the same: give a temperature")
         if self.samples > 1 and self.sources == "mono" and self.by == "chrF2++":
             raise ValueError("monolingual text has no references for chrF++: choose by likelihood")
+        if self.filters.min_chrf_to_reference is not False and self.sources == "mono":
+            raise ValueError("monolingual text has no references for min_chrf_to_reference: leave it out")
+        if not self.teacher:
+            raise ValueError("teacher: base, or a model's name")
+        if self.endpoint is not None and not re.match(r"https?://[^/]", self.endpoint):
+            raise ValueError(f"endpoint {self.endpoint!r}: write a URL such as http://127.0.0.1:8000/v1")
         if self.endpoint is not None and self.teacher == "base":
             raise ValueError("an endpoint needs the name of its model: teacher: NAME")
         if self.endpoint is not None and self.top_k is not None:

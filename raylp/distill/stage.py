@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from raylp import cluster
+from raylp.config import changed
 from raylp.context import Context
 from raylp.data.corpus import Pair
 from raylp.data.tokens import words_of
-from raylp.distill.config import Distill
+from raylp.distill.config import FREE, Distill
 from raylp.distill.engine import ask_endpoint, say
 from raylp.distill.filters import HeldOut, Judge, Row, usual_length_ratios
 from raylp.distill.parts import Parts, Said
@@ -147,7 +148,8 @@ def _digest(context: Context, config: Distill, teacher: Teacher, pairs: Sequence
 
 def _judged(context: Context, config: Distill, asked: str) -> str:
     """All that the finished table depends on: what was asked, how it is judged, and by which other text."""
-    digest = hashlib.sha256(f"{asked}{config.model_dump_json(exclude_defaults=True)}".encode())
+    judged = {key: value for key, value in changed(config).items() if key not in FREE}
+    digest = hashlib.sha256(f"{asked}{json.dumps(judged, sort_keys=True)}".encode())
     for pair in (*context.splits.train, *context.splits.held_out):
         digest.update(f"{pair.pair}\0{pair.source}\0{pair.target}\0".encode())
     return digest.hexdigest()[:12]
@@ -170,6 +172,8 @@ def check(context: Context) -> None:
         )
     if config.endpoint is not None and context.prompt.chat:
         raise UserError("distill.endpoint is asked for completions, which know no turns: set prompt.chat: false")
+    if config.teacher != "base" and config.endpoint is None:
+        locate(config.teacher, tell=context.reporter.line)  # now, and not when the search is done
 
 
 def _translate(context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair], parts: Parts) -> None:
@@ -442,6 +446,8 @@ def _failure(log: Path, error: Exception) -> UserError:
     causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*: ", line)] or lines
     last = causes[-1] if causes else type(error).__name__
     advice = "run again to go on"
-    if "memory" in text.lower():
+    if "cuda" in text.lower() and "memory" in text.lower():
+        advice = "raise distill.gpus_per_engine, or take a smaller teacher"
+    elif "memory" in text.lower():
         advice = "lower distill.engines, or raise $VLLM_CPU_KVCACHE_SPACE where it is the cache that is too small"
     return UserError(f"distill: the engine failed: {last}; {advice}; log: {log}", 1)

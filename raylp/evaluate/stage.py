@@ -22,7 +22,7 @@ BLOCK = 16  # sentences of a file of unfinished work
 
 def evaluate(context: Context) -> dict[str, Any]:
     """Writes translations/<model>/<test set>.jsonl and the scores. A block translated once is not translated again."""
-    recipe = context.recipe.evaluate
+    recipe, heal = context.recipe.evaluate, context.recipe.heal
     assert recipe is not None
     models = context.models()
     cluster.start(context.recipe.resources)
@@ -77,7 +77,7 @@ def evaluate(context: Context) -> dict[str, Any]:
                         recipe.resamples,
                     ).as_dict(),
                 }
-                for a, b in comparisons(list(models))
+                for a, b in comparisons(list(models), heal is not None and heal.every is not None)
                 for test_set in context.splits.test
                 for key in names
             ],
@@ -95,9 +95,14 @@ def _values(scores: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: round(score["value"], 4) for key, score in each.items()} for name, each in scores.items()}
 
 
-def comparisons(names: list[str]) -> list[tuple[str, str]]:
-    """(a, b) for every difference worth stating: healed, repaired and pruned models against the unpruned ones."""
-    pairs = [(a, b) for a in names if a.startswith("healed-") for b in ("baseline-healed", "baseline")]
+def comparisons(names: list[str], in_turn: bool = False) -> list[tuple[str, str]]:
+    """(a, b) for every difference worth stating: healed, repaired and pruned models against the unpruned ones.
+
+    `in_turn`: healing came in between, so that only the smallest model was healed as often as the unpruned one.
+    """
+    healed = [name for name in names if kind_of(name) == "healed"]
+    alike = [min(healed, key=lambda name: int(name.rpartition("-")[2]))] if in_turn and healed else healed
+    pairs = [pair for a in healed for pair in ([(a, "baseline-healed")] if a in alike else []) + [(a, "baseline")]]
     for a in names:
         if kind_of(a) in REPAIRED.values():
             pairs += [(a, a.replace(kind_of(a), "pruned")), (a, "baseline")]

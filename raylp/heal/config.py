@@ -75,7 +75,8 @@ class Heal(Section):
     merged into the weights as they were; or `full`: all of the decoder but its embeddings and output layer,
     which stay as they are. `batch_size` counts sentences of one optimiser step over all workers; `learning_rate` is its
     peak. `max_tokens`: longer examples, prompt included, are left out.
-    `row_tokens`: the most tokens a worker computes at a time; lower it when memory runs out, the result is the same.
+    `row_tokens`: the most tokens a worker computes at a time, but for an example that is longer by itself; lower it
+    when memory runs out, the result is the same.
     `packing`: examples behind their common prompt in one row (auto: where that gives the model's own loss).
     `offload`: the optimizer's state (ZeRO 1 to 3), or the weights too (ZeRO 3), lie in the machine's memory.
     `gradient_checkpointing`: activations are computed twice instead of kept.
@@ -98,7 +99,7 @@ class Heal(Section):
     batch_size: int = Field(8, ge=1)
     row_tokens: int = Field(2048, ge=16)
     max_tokens: int = Field(1024, ge=16)
-    packing: Literal["auto", "on", "off"] = "auto"
+    packing: bool | Literal["auto"] = "auto"
     learning_rate: float = Field(2e-4, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -125,6 +126,12 @@ class Heal(Section):
     def _fits(self) -> "Heal":
         if self.every is not None and self.when == "before":
             raise ValueError("every is about healing after pruning: set when: after or both")
+        if self.when == "before" and (self.data == "teacher" or self.loss != Loss()):
+            raise ValueError("before pruning there is no teacher: data and loss are those of authentic pairs then")
+        if self.patience is not None and self.epochs == 1 and self.look_every is None:
+            raise ValueError("patience needs several looks at dev: set look_every, or more epochs")
+        if self.loss.teacher == "stored" and self.loss.distillation == 0:
+            raise ValueError("loss.teacher: stored counts for nothing: give loss.distillation a weight")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
         if self.offload == "all" and self.zero_stage != 3:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from raylp.heal.config import Heal
-from raylp.models.checkpoint import read_tensors
+from raylp.models.checkpoint import numbered_tensors
 
 KEPT = 3  # two checkpoints, and the one that is being written
 WITH_OPTIMIZER = 16  # bytes of a weight that learns: itself, two moments and a copy in float32
@@ -13,7 +13,7 @@ LOOKS = 4  # weights of looks at dev: the best, those in work, those that wait, 
 
 def trained_parameters(path: Path, heal: Heal) -> int:
     """How many numbers learn, about: adapters of every matrix of the decoder's layers, or the layers themselves."""
-    shapes = [tensor["shape"] for layer in read_tensors(path).layers for tensor in layer.values()]
+    shapes = [tensor["shape"] for tensor in numbered_tensors(path).values()]
     if heal.method == "full":
         return sum(math.prod(shape) for shape in shapes)
     return sum(heal.lora.rank * sum(shape) for shape in shapes if len(shape) == 2)

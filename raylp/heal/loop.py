@@ -214,12 +214,12 @@ class _Worker:
 def _packing(model: Any, worker: _Worker, examples: Sequence[Example]) -> bool:
     """Whether examples share a row: as the recipe says, or where this architecture gives the same loss then."""
     mode = worker.config.packing
-    if mode == "off":
+    if mode is False:
         return False
     problem = why_not_packed(model, examples, worker.text_config, worker.pad)
     if problem is None:
         return True
-    if mode == "on":
+    if mode is True:
         raise UserError(f"heal.packing: on, but {type(model).__name__} cannot pack: {problem}; set it to auto or off")
     worker.say("one row for each example: this architecture cannot pack them")
     return False

@@ -9,10 +9,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from raylp import cluster
+from raylp.config import changed
 from raylp.context import Context
 from raylp.data.corpus import write_jsonl
 from raylp.data.tokens import Example, Top
@@ -28,6 +30,7 @@ from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import kind_of
 from raylp.progress import Task
+from raylp.rundir import RunDir
 from raylp.search.prune import prune_leg
 from raylp.search.stage import leg_stops, search_leg
 
@@ -84,7 +87,7 @@ def heal(context: Context) -> dict[str, Any]:
     """Heals the pruned (or repaired) model to `healed-N`, and the baseline in the same way to `baseline-healed`.
 
     Both learn the same examples in the same order: what remains between them is the layers. With `heal.every`, each
-    healed model is searched and pruned further, and healed again.
+    healed model is searched and pruned further, and healed again; the baseline is healed as often.
 
     Raises:
         UserError: there is no pruned model or no data yet, or training failed.
@@ -97,8 +100,9 @@ def heal(context: Context) -> dict[str, Any]:
         raise UserError(f"heal: there is no {start} model in the run directory; run 'raylp {verb}' first", 1)
     done = {}
     for number, name in enumerate([f"pruned-{stop}" for stop in stops] or names):
-        if stops and number:
+        if stops:
             search_leg(context, stops, number)
+        if number and stops:
             prune_leg(context, stops[number], stops[number - 1])
         healed = name.replace(f"{start}-", "healed-")
         source = context.rundir.local(f"models/{name}")
@@ -106,10 +110,12 @@ def heal(context: Context) -> dict[str, Any]:
         purpose = "after pruning" if start == "pruned" else f"{start} after pruning"
         done[healed] = heal_model(context, source, healed, purpose, removed)
     if config.baseline:
-        as_much = config.model_copy(update={"epochs": config.epochs * max(1, len(stops))})
-        done["baseline-healed"] = heal_model(
-            context, context.baseline, "baseline-healed", "as the pruned model", [], as_much
-        )
+        source = context.baseline
+        for stop in stops[:-1]:  # healed as often as the pruned one, each time from what the last healing left
+            rundir = RunDir(context.rundir.uri(f"legs/{stop}"))
+            heal_model(replace(context, rundir=rundir), source, "baseline-healed", "as the pruned model", [])
+            source = rundir.local("models/baseline-healed")
+        done["baseline-healed"] = heal_model(context, source, "baseline-healed", "as the pruned model", [])
     return done
 
 
@@ -219,6 +225,11 @@ def _examples(context: Context, config: Heal, source: Path) -> tuple[list[Exampl
     tokenizer = load_tokenizer(source)
     said = _said(context) if config.loss.stored else {}
     train = tokenise(pairs, context.prompt, tokenizer, config.max_tokens, said)
+    if not pairs and teacher and not any(row["kept"] for row in teacher):
+        raise UserError(
+            f"heal: the filters rejected all {len(teacher)} translations of the teacher (distill/teacher.parquet says "
+            f"why): loosen distill.filters, or set heal.data: authentic"
+        )
     if not train:
         raise UserError(
             f"heal: nothing to learn from: {len(pairs)} training pairs beside the prompt's examples, none of at most "
@@ -266,7 +277,7 @@ def _gpus(config: Heal) -> int:
 def _digest(source: Path, job: dict[str, Any], train: Sequence[Example], dev: Sequence[Example]) -> str:
     """What an interrupted run must share with the one that goes on with its checkpoints; 12 hex digits."""
     digest = hashlib.sha256(fingerprint(source).encode())
-    section = Heal.model_validate(job["heal"]).model_dump(exclude_defaults=True)
+    section = changed(Heal.model_validate(job["heal"]))
     bound = {key: value for key, value in section.items() if key not in FREE}
     digest.update(json.dumps([bound, job["dtype"]], sort_keys=True).encode())
     if "teacher" in job:

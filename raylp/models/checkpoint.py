@@ -116,6 +116,18 @@ def read_tensors(path: Path) -> Tensors:
     return Tensors([stacks[0][i] for i in sorted(stacks[0])], rest, other)
 
 
+def numbered_tensors(path: Path) -> dict[str, Any]:
+    """safetensors' entries of everything that is text and stands in a list, such as layers; nothing is checked."""
+    entries: dict[str, Any] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        entries |= safetensors_header(file)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if _INDEXED.match(name) and not any(mark in name for mark in _NOT_TEXT)
+    }
+
+
 def vocabulary_size(tensors: Tensors, config: Any) -> int:
     """Numbers in the projection to the vocabulary, which a tied embedding serves as."""
     tables = [entry["shape"] for entry in tensors.rest.values() if len(entry["shape"]) == 2]

@@ -326,7 +326,8 @@ def descriptions(contents: Contents) -> list[tuple[str, str]]:
         "baseline": "fine-tuned (adapted) before pruning, no layer removed" if adapted else "the model as it came",
         "original": "the model as it came, neither fine-tuned nor pruned",
         "baseline-healed": "no layer removed, healed on the same data in the same way as the pruned one",
-        "pruned": "layers removed, not trained afterwards",
+        "pruned": "layers removed, not trained afterwards"
+        + ("; of the healed model before it, where there is one" if contents.in_turn else ""),
         "compensated": "layers removed, those behind them scaled to the smaller stream (Prune&Comp)",
         "merged": "layers removed, their differences added to a neighbour (LaCo)",
         "concatenated": "layers removed, their most important channels put into a neighbour (CoMe)",

@@ -349,6 +349,12 @@ class Contents:
         heal = self.recipe.get("heal")
         return isinstance(heal, dict) and heal.get("when") in ("before", "both")
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether the model was healed every few layers on the way down."""
+        heal = self.recipe.get("heal")
+        return isinstance(heal, dict) and heal.get("every") is not None
+
 
 def read_contents(rundir: RunDir) -> Contents:
     """Reads what is there.

@@ -81,7 +81,8 @@ def floor_sentences(plan: Plan, digits: int) -> list[str]:
     """The noise floor, and which rounds it made undecidable by the objective."""
     if plan.noise is None and not at_the_floor(plan):
         return []
-    noise = plan.noise if plan.noise is not None else max(r.floor.noise for r in plan.rounds if r.floor)
+    # Healed models have a noise of their own: the most of those that a round was held against.
+    noise = max([r.floor.noise for r in plan.rounds if r.floor] or [plan.noise or 0.0])
     objective = objective_word(plan.objective or {"chrF2++": 1.0})
     text = [
         f"Translations of other sentences reach {numbers.fixed(noise, digits)} by {objective}: below that is noise."
@@ -133,7 +134,8 @@ def sentences_of_everything(plan: Plan) -> int | None:
     """Sentences that scoring the unpruned model and every candidate of every round in full takes."""
     if plan.sentences is None:
         return None
-    return plan.sentences * (1 + sum(len(round_.candidates) for round_ in plan.rounds))
+    starts = 1 + sum(round_.start is not None for round_ in plan.rounds)
+    return plan.sentences * (starts + sum(len(round_.candidates) for round_ in plan.rounds))
 
 
 def cost_sentence(plan: Plan) -> str:

@@ -4,6 +4,8 @@ A leg is a search of its own, on a model with fewer layers than the original; nu
 original's when the legs' plans are joined to one. Pure: `raylp.search.stage` and `raylp.heal.stage` run the legs.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,17 +38,24 @@ def remaining(num_layers: int, gone: Iterable[int]) -> list[int]:
     return [layer for layer in range(num_layers) if layer not in out]
 
 
+def of(section: Search, start: str, blocks: Sequence[Any]) -> str:
+    """What a leg's plan is the result of, as a hash: how it was searched, on which model (`start`) and which text."""
+    content = [section.model_dump(mode="json"), start, list(blocks)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def joined(plans: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One plan of the legs' plans in order, in the original's numbers.
 
     `starts`: for each leg but the first, what is known of the model it began with; stands as `start` in its first
-    round, beside the model's own score on the search sentences.
+    round, beside the model's own score on the search sentences, and the leg's noise and backend.
     """
     whole = {**plans[0], "legs": [depth["layers"] for plan in plans for depth in plan["depths"][-1:]]}
     for plan, start in zip(plans[1:], starts, strict=True):
         gone, left = whole["removed"], remaining(whole["num_layers"], whole["removed"])
         rounds = [_renumbered(entry, gone, left) for entry in plan["rounds"]]
-        rounds[0] |= {"start": {**start, "score": plan["baseline"]}}
+        own = {key: plan.get(key) for key in ("noise", "backend", "dtype")}
+        rounds[0] |= {"start": {**start, "score": plan["baseline"], **own}}
         depths = [{**depth, "removed": [*gone, *(left[i] for i in depth["removed"])]} for depth in plan["depths"]]
         spent = {key: whole["spent"].get(key, 0) + value for key, value in plan["spent"].items()}
         whole |= {

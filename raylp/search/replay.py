@@ -60,7 +60,7 @@ def read_recording(rundir: RunDir) -> Recording:
     if not rundir.exists("plan.json"):
         raise UserError(f"{rundir.url} has no plan.json: run raylp search with search.strategy: exhaustive first")
     plan = rundir.read_json("plan.json")
-    if "legs" in plan:
+    if len(plan.get("legs", ())) > 1:
         raise UserError(f"{rundir.url} was healed in between: replay is for a search of one model")
     rounds = [
         [tuple(candidate["removed"]) for candidate in r["candidates"]]

@@ -32,6 +32,7 @@ from raylp.search.targets import Target, most_evaluations, target_of
 from raylp.search.worker import SearchWorker, Work, pieces
 
 SCHEMA = 1
+LEG = "leg.json"  # of a leg that is done: what it is the result of
 RECORD = "search.json"  # what a search took, and how its backend was chosen: no part of its decisions
 TIMED_SENTENCES = 8
 MAX_HEAL_TOKENS = 512
@@ -80,29 +81,74 @@ def leg_stops(context: Context) -> list[int]:
 
 
 def search_leg(context: Context, stops: Sequence[int], number: int) -> dict[str, Any]:
-    """Searches from the model healed at the stop before `stops[number]` (the unpruned one for the first) down to it,
-    in a directory of its own, legs/N; then plan.json is put together of the legs so far.
+    """Searches from the model healed at the stop before `stops[number]` (the unpruned one for the first) down to it, in
+    a directory of its own, legs/N, unless that is done; then plan.json is put together of all legs that are done.
     """
-    rundir, section = context.rundir, context.recipe.search
+    leg = _leg(context, stops, number)
+    of = _of(leg)
+    if not _is_done(leg.rundir, of):
+        if number:
+            context.reporter.line(f"search goes on from healed-{stops[number - 1]}, to {stops[number]} layers")
+        search_from(leg)
+        leg.rundir.write_json(LEG, {"of": of})
+    return _join_legs(context, stops)
+
+
+def _leg(context: Context, stops: Sequence[int], number: int) -> Context:
+    """What the search of a leg is given; the legs before it are done."""
+    section, num_layers = context.recipe.search, stack_size(context.baseline)
     assert section is not None
-    folders = [RunDir(rundir.uri(f"legs/{stop}")) for stop in stops[: number + 1]]
-    starts = [{"model": f"healed-{stop}", "layers": stop} for stop in stops[:number]]
-    plans = [folder.read_json("plan.json") for folder in folders[:number]]
-    start, gone, num_layers = context.baseline, (), stack_size(context.baseline)
+    start, gone = context.baseline, ()
     if number:
-        start = rundir.local(f"models/{starts[-1]['model']}")
-        gone = tuple(legs.joined(plans, starts[:-1])["removed"])
-        context.reporter.line(f"search goes on from {starts[-1]['model']}, to {stops[number]} layers")
+        start = context.rundir.local(f"models/healed-{stops[number - 1]}")
+        gone = tuple(legs.joined(*_plans(context, stops[:number]))["removed"])
     recipe = context.recipe.model_copy(update={"search": legs.section_of(section, stops[number], num_layers, gone)})
-    leg = replace(context, recipe=recipe, rundir=folders[number], start=start, gone=gone)
-    there = folders[number].read_json("plan.json") if folders[number].exists("plan.json") else {}
-    summary = {} if there.get("fingerprint") == fingerprint(start) else search_from(leg)
-    plans.append(folders[number].read_json("plan.json"))
-    rundir.write_json("plan.json", legs.joined(plans, starts))
-    took = [folder.read_json(RECORD) for folder in folders]
-    spent = {key: sum(one["spent"].get(key, 0) for one in took) for key in took[-1]["spent"]}
-    rundir.write_json(RECORD, {**took[0], "rounds": [r for one in took for r in one["rounds"]], "spent": spent})
-    return summary
+    return replace(context, recipe=recipe, rundir=_folder(context, stops[number]), start=start, gone=gone)
+
+
+def _folder(context: Context, stop: int) -> RunDir:
+    return RunDir(context.rundir.uri(f"legs/{stop}"))
+
+
+def _of(leg: Context) -> str:
+    assert leg.recipe.search is not None
+    rows = [[pair.pair, pair.source, pair.target] for pair in leg.splits.search]
+    return legs.of(leg.recipe.search, fingerprint(leg.baseline), [*rows, leg.prompt.model_dump(mode="json")])
+
+
+def _is_done(folder: RunDir, of: str) -> bool:
+    return folder.exists(LEG) and folder.read_json(LEG)["of"] == of and folder.exists("plan.json")
+
+
+def _plans(context: Context, stops: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The plans of the legs down to these stops, and which models the later ones began with."""
+    starts = [{"model": f"healed-{stop}", "layers": stop} for stop in stops[:-1]]
+    return [_folder(context, stop).read_json("plan.json") for stop in stops], starts
+
+
+def _join_legs(context: Context, stops: Sequence[int]) -> dict[str, Any]:
+    """Writes plan.json and search.json of the legs that are done, one after the other; what they say in short."""
+    done = 1
+    while done < len(stops) and context.rundir.complete(f"models/healed-{stops[done - 1]}"):
+        leg = _leg(context, stops, done)
+        if not _is_done(leg.rundir, _of(leg)):
+            break
+        done += 1
+    plan = legs.joined(*_plans(context, stops[:done]))
+    took = [folder.read_json(RECORD) for stop in stops[:done] if (folder := _folder(context, stop)).exists(RECORD)]
+    spent = {key: sum(one["spent"].get(key, 0) for one in took) for key in took[-1]["spent"]} if took else {}
+    context.rundir.write_json("plan.json", plan)
+    if took:
+        rounds = [seconds for one in took for seconds in one["rounds"]]
+        context.rundir.write_json(RECORD, {**took[0], "rounds": rounds, "spent": spent})
+    return {
+        "removed": plan["removed"],
+        "strategy": plan["strategy"],
+        "legs": plan["legs"],
+        "baseline": plan["baseline"],
+        "score": plan["rounds"][-1]["score"],
+        "spent": spent,
+    }
 
 
 def search_from(context: Context) -> dict[str, Any]:
