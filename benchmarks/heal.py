@@ -69,6 +69,7 @@ def by_raylp(given: argparse.Namespace, run_dir: Path, job: Path) -> tuple[list[
             "model": given.model,
             "data": {given.pair: {"train": str(given.train.resolve())}},
             "prompt": {"examples": given.examples},
+            "search": {"given": [1]},  # not done: the whole model is trained
             "heal": heal,
             "run_dir": str(run_dir),
         }

@@ -20,7 +20,8 @@ class Section(BaseModel):
         if value is False and field.default is None:
             return None
         kinds = _kinds(field.annotation)
-        if value and kinds & {int, float} and bool not in kinds:
+        counts = any(kind in (int, float) or (isinstance(kind, int) and not isinstance(kind, bool)) for kind in kinds)
+        if value and counts and bool not in kinds:
             raise ValueError("give a number" + (", or false to turn it off" if kinds & {None, False} else ""))
         return value
 
@@ -46,8 +47,10 @@ def changed(section: Section) -> dict[str, Any]:
     found = {}
     for name, field in type(section).model_fields.items():
         value, default = getattr(section, name), field.get_default(call_default_factory=True)
-        if isinstance(value, Section) and not same(value, default):
-            found[name] = changed(value)
+        if isinstance(value, Section):
+            inner = changed(value)
+            if inner or not isinstance(default, Section):
+                found[name] = inner
         elif not same(value, default):
             found[name] = content[name]
     return found

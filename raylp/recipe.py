@@ -324,7 +324,8 @@ def _telling(errors: Sequence[Any]) -> list[Any]:
 
 
 def _explain(content: dict[str, Any], item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"] if not re.match(r"constrained-|literal\[", str(part)))
+    alternative = re.compile(r"constrained-|literal\[|(float|int|bool|str)$")  # of a key that may be of several types
+    place = ".".join(str(part) for part in item["loc"] if not alternative.match(str(part)))
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

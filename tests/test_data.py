@@ -124,6 +124,6 @@ def test_samples_of_the_demo() -> None:
 
 def test_a_stage_without_its_split(tmp_path: Path, toy_data: dict[str, Path]) -> None:
     data = {split: file for split, file in toy_data.items() if split != "train"}
-    recipe = parse_recipe(toy_recipe(Path("x"), data, tmp_path, heal={}))
+    recipe = parse_recipe(toy_recipe(Path("x"), data, tmp_path, search={"given": [1]}, heal={}))
     with pytest.raises(UserError, match=r"heal needs a train split.*data\.<name>\.train"):
         read_splits(recipe)

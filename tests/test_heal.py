@@ -301,7 +301,9 @@ HEAL = {"learning_rate": 3e-3, "epochs": 2, "batch_size": 16, "checkpoint_every"
 def make_context(run_dir: Path, files: dict[str, Path], **section: object) -> Context:
     """A run whose pruned model has lost a layer that it needs."""
     model = toy.toy_model()
-    recipe = parse_recipe(toy_recipe(model, files, run_dir, heal={**HEAL, **section}))
+    taught = {"distill": {}} if section.get("data") == "teacher" else {}
+    sections = {"search": {"given": [1]}, "heal": {**HEAL, **section}, **taught}
+    recipe = parse_recipe(toy_recipe(model, files, run_dir, **sections))
     pairs = {split: read_pairs(file, "xx-yy") for split, file in files.items()}
     splits = Splits(pairs["search"], pairs["train"], pairs["dev"], {"xx-yy": pairs["test"]})
     prompt = Prompt(template=toy.TOY_TEMPLATE)
@@ -427,7 +429,8 @@ def test_the_best_look_by_chrf_is_kept_and_ends_the_training(
 
 def test_dev_is_asked_for_before_the_start(toy_data: dict[str, Path], tmp_path: Path) -> None:
     without = {split: file for split, file in toy_data.items() if split != "dev"}
-    recipe = parse_recipe(toy_recipe(toy.toy_model(), without, tmp_path, search={"remove": 1}, heal={"patience": 2}))
+    heal = {"patience": 2, "look_every": 4}
+    recipe = parse_recipe(toy_recipe(toy.toy_model(), without, tmp_path, search={"remove": 1}, heal=heal))
     with pytest.raises(UserError, match="heal needs a dev split"):
         read_splits(recipe)
 

@@ -138,4 +138,6 @@ def test_a_loss_of_nothing_is_refused(toy_checkpoint, toy_data, tmp_path):
     from conftest import toy_recipe
 
     with pytest.raises(UserError, match="nothing counts"):
-        parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path, heal={"loss": {"cross_entropy": 0}}))
+        parse_recipe(
+            toy_recipe(toy_checkpoint, toy_data, tmp_path, search={"given": [1]}, heal={"loss": {"cross_entropy": 0}})
+        )

@@ -1,6 +1,7 @@
 """Recipes are checked whole, before anything starts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -84,6 +85,45 @@ def test_what_heals_needs_from_a_teacher_is_there() -> None:
         with pytest.raises(UserError, match=said):
             parse_recipe({**GOOD, **sections})
     assert parse_recipe({**GOOD, "heal": stored, "distill": {"top_k": 8}}).heal is not None
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"heal": {"data": "teacher"}}, "add a section 'distill:'"),
+        ({"heal": {}, "search": None}, "add a section 'search:'"),
+        ({"repair": {}, "search": None}, "add a section 'search:'"),
+        ({"heal": True}, "heal: a section of keys is wanted"),
+        ({"heal": {"every": True}}, "heal.every: give a number, or false to turn it off"),
+        ({"heal": {"zero_stage": True}}, "heal.zero_stage: give a number"),
+        ({"heal": {"learning_rate": float("inf")}}, "heal.learning_rate: Input should be a finite number"),
+        ({"heal": {"patience": 3}}, "patience needs several looks"),
+        ({"heal": {"when": "before", "data": "teacher"}, "distill": {}}, "before pruning there is no teacher"),
+        ({"distill": {"filters": {"max_words": 0}}}, "above 0, or false"),
+        ({"distill": {"filters": {"min_comet": float("nan")}}}, "min_comet: Input should be a finite number"),
+        ({"distill": {"teacher": "m", "endpoint": "localhost:8000"}}, "write a URL"),
+        ({"distill": {"sources": "mono", "filters": {"min_chrf_to_reference": 5}}}, "no references"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(sections: dict[str, Any], said: str) -> None:
+    content = {key: value for key, value in {**GOOD, **sections}.items() if value is not None}
+    with pytest.raises(UserError, match=said) as told:
+        parse_recipe(content)
+    assert str(told.value).count("recipe:") == 1 and "\n" not in str(told.value)
+
+
+def test_a_switch_is_no_number_and_zero_no_switch() -> None:
+    """YAML reads `off` as false, and Python takes 0 for it."""
+    off = parse_recipe(
+        {**GOOD, "heal": {"packing": False, "patience": False, "every": False}, "distill": {"top_k": False}}
+    )
+    assert off.heal is not None and (off.heal.packing, off.heal.patience, off.heal.every) == (False, None, None)
+    assert off.distill is not None and off.distill.top_k is None
+    zero, none = (parse_recipe({**GOOD, "distill": {"filters": {"min_comet": value}}}) for value in (0, False))
+    assert zero.distill is not None and zero.distill.filters.min_comet == 0.0
+    assert zero.distill.filters.min_comet is not False
+    assert binding(zero)["distill"] == {"filters": {"min_comet": 0.0}} and binding(none)["distill"] == {}
+    assert differences(none, zero) == [("distill.filters.min_comet", False, 0.0)]
 
 
 def test_only_free_sections_may_change() -> None:

@@ -224,4 +224,4 @@ def test_the_stage_makes_stock_checkpoints(toy_checkpoint, toy_data, tmp_path, r
 
 def test_a_heal_starts_from_what_is_made(toy_checkpoint, toy_data, tmp_path):
     with pytest.raises(UserError, match=r"heal.start: merged needs repair.methods to name 'merge'"):
-        parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path, heal={"start": "merged"}))
+        parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path, search={"given": [1]}, heal={"start": "merged"}))

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raylp.config import Section
 from raylp.metrics.registry import full_name, is_comet
@@ -20,6 +20,7 @@ LIMITS = (
     "min_embedding_similarity",
     "min_comet",
 )
+ZERO_MEANS_SOMETHING = ("min_chrf_to_reference", "min_embedding_similarity", "min_comet")
 
 
 class Filters(Section):
@@ -65,13 +66,13 @@ class Filters(Section):
 
     @field_validator(*LIMITS, mode="before")
     @classmethod
-    def _zero_is_a_limit(cls, value: object) -> object:
-        """Only `false` turns a limit off."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if value is None or isinstance(value, str):
-            raise ValueError("give a number, or false to turn it off")
-        return value
+    def _zero_is_a_limit(cls, value: object, info: ValidationInfo) -> object:
+        """Only `false` turns a limit off, though Python takes 0 for it."""
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, int | float) or (value == 0 and info.field_name not in ZERO_MEANS_SOMETHING):
+            raise ValueError("give a number above 0, or false to turn it off")
+        return float(value)
 
 
 # What may change while a distill is interrupted: where and in what portions texts are translated, not what is asked.

@@ -25,7 +25,7 @@ TAG = "engine"
 STEPS_OF_A_BLOCK = 64
 MEMORY_ADVICE = (
     "out of memory: lower heal.row_tokens or set heal.gradient_checkpointing=true (the result stays the same), share "
-    "the model out with heal.zero_stage and heal.workers, or set heal.method=qlora"
+    "gradients and optimizer out with heal.zero_stage=2 and more heal.workers, or set heal.method=qlora"
 )
 
 
