@@ -33,16 +33,22 @@ INTERRUPTED = 130  # what typer makes of Ctrl-C
 state = {"debug": False}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"raylp {__version__}")
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
+
+
 @app.callback()
 def main_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[bool, VERSION] = False,
 ) -> None:
     """Options of every verb."""
     state["debug"] = debug
-    if version:
-        print(f"raylp {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -317,7 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = _complain(f"{error.strerror or error}: {error.filename or 'no file named'}", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            code = _complain(f"{error.format_message()} (raylp --help)", 2)
+            message = error.format_message()  # none where the help was shown
+            code = _complain(f"{message} (raylp --help)", 2) if message else 2
         else:
             text = " ".join(str(error).split())[:300]
             code = _complain(

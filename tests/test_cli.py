@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import toy_recipe
 
+from raylp import __version__
 from raylp.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,15 @@ def recipe(tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path]) -> P
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = raylp(capsys, verb, "--help")
     assert code == 0 and "Example:" in out and f"raylp {verb}" in out
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["--help"], 0), ([], 2)])
+def test_the_version_and_the_help_are_no_mistakes(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
+) -> None:
+    left, out, err = raylp(capsys, *arguments)
+    assert left == code and out.strip() and not err
+    assert arguments != ["--version"] or out == f"raylp {__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -503,12 +503,12 @@ heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after 
 """
 
 
-def driver(run: Path, data: dict[str, Path], **section: object) -> subprocess.Popen:
+def driver(run: Path, data: dict[str, Path], script: str = DRIVER, **section: object) -> subprocess.Popen:
     """A process that heals in `run`, with a Ray of its own."""
     files = json.dumps({split: str(file) for split, file in data.items()})
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     env["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [sys.executable, "-c", DRIVER, str(run), files, json.dumps(section)]
+    command = [sys.executable, "-c", script, str(run), files, json.dumps(section)]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
@@ -564,3 +564,46 @@ def test_looks_at_dev_survive_a_killed_driver(toy_data: dict[str, Path], tmp_pat
     assert told == pytest.approx(whole, abs=1e-6)
     kept = [json.loads((run / "heal" / "healed-5.json").read_text())["kept"] for run in runs]
     assert kept[0] == kept[1]
+
+
+NODES = """
+import json, os, sys, threading, time
+from pathlib import Path
+import psutil
+from ray.cluster_utils import Cluster
+from test_heal import REMOVED, make_context
+from raylp.heal.stage import heal_model
+run, data = Path(sys.argv[1]), {k: Path(v) for k, v in json.loads(sys.argv[2]).items()}
+# Connected before there are other nodes, so that the driver is on the head.
+cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 0})
+os.environ["RAY_ADDRESS"] = cluster.address  # also for what Ray's own processes join
+nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+cluster.wait_for_nodes()
+gone = []
+
+def works(node):
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children(recursive=True))
+
+def take_away():
+    while not list(run.glob(".work/heal/*/checkpoint_*/state.json")):
+        time.sleep(0.05)
+    node = next(filter(works, nodes))
+    cluster.remove_node(node, allow_graceful=False)
+    gone.append(node)
+
+threading.Thread(target=take_away, daemon=True).start()
+context = make_context(run, data, **json.loads(sys.argv[3]))
+heal_model(context, context.rundir.local("models/pruned-5"), "healed-5", "after pruning", REMOVED)
+assert gone, "a node was lost"
+"""
+
+
+@pytest.mark.faults
+def test_a_lost_nodes_worker_starts_again_on_another(healed: Path, toy_data: dict[str, Path], tmp_path: Path) -> None:
+    """Two of three nodes have a worker each; one of them is taken away in the middle."""
+    process = driver(tmp_path, toy_data, NODES, workers=2, zero_stage=2, checkpoint_every=2)
+    told = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, told[-2000:]
+    for mine, other in zip(records(tmp_path), records(healed), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
