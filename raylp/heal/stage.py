@@ -32,7 +32,7 @@ from raylp.names import kind_of
 from raylp.progress import Task
 from raylp.rundir import RunDir
 from raylp.search.prune import prune_leg
-from raylp.search.stage import leg_stops, search_leg
+from raylp.search.stage import leg_folder, leg_stops, search_leg
 
 WORK, LOOKS = ".work/heal", ".work/heal-looks"
 POLL_S = 1.0
@@ -112,9 +112,9 @@ def heal(context: Context) -> dict[str, Any]:
     if config.baseline:
         source = context.baseline
         for stop in stops[:-1]:  # healed as often as the pruned one, each time from what the last healing left
-            rundir = RunDir(context.rundir.uri(f"legs/{stop}"))
-            heal_model(replace(context, rundir=rundir), source, "baseline-healed", "as the pruned model", [])
-            source = rundir.local("models/baseline-healed")
+            leg = replace(context, rundir=leg_folder(context, stop))
+            heal_model(leg, source, "baseline-healed", "as the pruned model", [], taught=context.rundir)
+            source = leg.rundir.local("models/baseline-healed")
         done["baseline-healed"] = heal_model(context, source, "baseline-healed", "as the pruned model", [])
     return done
 
@@ -131,12 +131,19 @@ def adapting(config: Heal) -> Heal:
 
 
 def heal_model(
-    context: Context, source: Path, name: str, purpose: str, removed: list[int], config: Heal | None = None
+    context: Context,
+    source: Path,
+    name: str,
+    purpose: str,
+    removed: list[int],
+    config: Heal | None = None,
+    taught: RunDir | None = None,
 ) -> dict[str, Any]:
     """Trains the checkpoint `source` into `models/<name>`; after a crash, the same call goes on at the last checkpoint,
     and what was healed whole is not healed again.
 
-    `purpose` is shown and kept in the result; `removed`: layers that are gone already, for the checkpoint's card.
+    `purpose` is shown and kept in the result; `removed`: layers that are gone already, for the checkpoint's card;
+    `taught`: where the teacher's translations are, if not in the context's run directory.
     `heal/<name>.jsonl` holds every step: step, epoch, lr, loss (nats per target token), tokens, computed (tokens of the
     rows, of which `padding` were padding), memory (bytes, the most so far), seconds, and where dev was looked at
     dev_loss and perhaps dev_chrf; where `heal.loss` has parts beside cross-entropy, each of them. Returns {"examples",
@@ -147,7 +154,8 @@ def heal_model(
         UserError: no data, too few CPUs or GPUs, or training failed; with the last line of what the engine said.
     """
     config = config or _section(context)
-    train, dev = _examples(context, config, source)
+    learning = replace(context, rundir=taught) if taught is not None else context
+    train, dev = _examples(learning, config, source)
     cluster.start(context.recipe.resources)
     gpus = _gpus(config)
     beside = 1 if gpus and config.keep == "chrF++" else 0

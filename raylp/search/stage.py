@@ -103,10 +103,11 @@ def _leg(context: Context, stops: Sequence[int], number: int) -> Context:
         start = context.rundir.local(f"models/healed-{stops[number - 1]}")
         gone = tuple(legs.joined(*_plans(context, stops[:number]))["removed"])
     recipe = context.recipe.model_copy(update={"search": legs.section_of(section, stops[number], num_layers, gone)})
-    return replace(context, recipe=recipe, rundir=_folder(context, stops[number]), start=start, gone=gone)
+    return replace(context, recipe=recipe, rundir=leg_folder(context, stops[number]), start=start, gone=gone)
 
 
-def _folder(context: Context, stop: int) -> RunDir:
+def leg_folder(context: Context, stop: int) -> RunDir:
+    """Where the leg down to so many layers has what is its own."""
     return RunDir(context.rundir.uri(f"legs/{stop}"))
 
 
@@ -123,7 +124,7 @@ def _is_done(folder: RunDir, of: str) -> bool:
 def _plans(context: Context, stops: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The plans of the legs down to these stops, and which models the later ones began with."""
     starts = [{"model": f"healed-{stop}", "layers": stop} for stop in stops[:-1]]
-    return [_folder(context, stop).read_json("plan.json") for stop in stops], starts
+    return [leg_folder(context, stop).read_json("plan.json") for stop in stops], starts
 
 
 def _join_legs(context: Context, stops: Sequence[int]) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _join_legs(context: Context, stops: Sequence[int]) -> dict[str, Any]:
             break
         done += 1
     plan = legs.joined(*_plans(context, stops[:done]))
-    took = [folder.read_json(RECORD) for stop in stops[:done] if (folder := _folder(context, stop)).exists(RECORD)]
+    took = [folder.read_json(RECORD) for stop in stops[:done] if (folder := leg_folder(context, stop)).exists(RECORD)]
     spent = {key: sum(one["spent"].get(key, 0) for one in took) for key in took[-1]["spent"]} if took else {}
     context.rundir.write_json("plan.json", plan)
     if took:
