@@ -28,7 +28,7 @@ from raylp.names import REPAIRED
 from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
-from raylp.search.legs import stops
+from raylp.search.legs import stops_of
 from raylp.search.targets import target_of
 
 SCHEMA = 1
@@ -374,10 +374,9 @@ def open_manifest(context: Context) -> dict[str, Any]:
 
 def num_depths(context: Context) -> int:
     """How many models are pruned."""
-    section, heal = context.recipe.search, context.recipe.heal
-    if section is not None and heal is not None and heal.every is not None:
-        return len(stops(section, heal.every, stack_size(context.original)))
-    return max(1, len(section.depths)) if section is not None else 1
+    section = context.recipe.search
+    stops = stops_of(context.recipe, stack_size(context.original))
+    return max(1, len(stops or (section.depths if section is not None else ())))
 
 
 def needed_disk(context: Context) -> int:

@@ -100,10 +100,8 @@ def read_tensors(path: Path) -> Tensors:
     Raises:
         UserError: they show no list of as many layers as the configuration says.
     """
-    entries: dict[str, Any] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        entries |= safetensors_header(file)
-    other = {name: entry for name, entry in entries.items() if any(mark in name for mark in _NOT_TEXT)}
+    entries = _entries(path)
+    other = {name: entry for name, entry in entries.items() if not _is_text(name)}
     groups: dict[str, dict[int, dict[str, Any]]] = {}
     for name, entry in entries.items():
         if name not in other and (match := _INDEXED.match(name)):
@@ -118,14 +116,20 @@ def read_tensors(path: Path) -> Tensors:
 
 def numbered_tensors(path: Path) -> dict[str, Any]:
     """safetensors' entries of everything that is text and stands in a list, such as layers; nothing is checked."""
+    return {name: entry for name, entry in _entries(path).items() if _INDEXED.match(name) and _is_text(name)}
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """What the headers of all files say, by tensor."""
     entries: dict[str, Any] = {}
     for file in sorted(path.glob("*.safetensors")):
         entries |= safetensors_header(file)
-    return {
-        name: entry
-        for name, entry in entries.items()
-        if _INDEXED.match(name) and not any(mark in name for mark in _NOT_TEXT)
-    }
+    return entries
+
+
+def _is_text(name: str) -> bool:
+    """Whether a tensor is of the part that reads and writes text."""
+    return not any(mark in name for mark in _NOT_TEXT)
 
 
 def vocabulary_size(tensors: Tensors, config: Any) -> int:

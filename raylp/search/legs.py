@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from raylp.recipe import Recipe
 from raylp.search.config import Search
 from raylp.search.plan import protected_layers
 
@@ -22,6 +23,13 @@ def stops(section: Search, every: int, num_layers: int) -> list[int]:
     """
     depths = [num_layers - section.remove] if section.remove is not None else section.depths
     return sorted({*depths, *range(num_layers - every, min(depths), -every)}, reverse=True)
+
+
+def stops_of(recipe: Recipe, num_layers: int) -> list[int]:
+    """The recipe's `stops`; empty where it heals once."""
+    if recipe.search is None or recipe.heal is None or recipe.heal.every is None:
+        return []
+    return stops(recipe.search, recipe.heal.every, num_layers)
 
 
 def section_of(section: Search, stop: int, num_layers: int, gone: Sequence[int]) -> Search:

@@ -74,10 +74,7 @@ def search(context: Context) -> dict[str, Any]:
 
 def leg_stops(context: Context) -> list[int]:
     """Numbers of layers at which the recipe heals; empty where it does so once."""
-    section, heal = context.recipe.search, context.recipe.heal
-    if section is None or heal is None or heal.every is None:
-        return []
-    return legs.stops(section, heal.every, stack_size(context.baseline))
+    return legs.stops_of(context.recipe, stack_size(context.baseline))
 
 
 def search_leg(context: Context, stops: Sequence[int], number: int) -> dict[str, Any]:
