@@ -2,14 +2,15 @@
 
     python benchmarks/healing.py --data DIR --pair en-de --out runs/healing --variants both,authentic,teacher,token
 
-DIR holds a folder for each pair with train.jsonl, dev.jsonl (searched on) and test.jsonl; sentences of more than
-`--max-words` are left out of the first two, not of the test set. The recipes are recipes/healing/*.yaml, with what a
-variant changes. Every run is a run directory under --out/PAIR: what is done is not done again, so it may be stopped at
-any time. `controls`: at the smallest depth, the layers of the tail, of the middle and three random draws, healed as
-`--like` was.
+DIR holds a folder for each pair with train.jsonl, dev.jsonl and test.jsonl; the first two thirds of dev, by page, are
+searched on, the rest tells when to stop healing. Sentences of more than `--max-words` are left out, but for the test
+set. The recipes are recipes/healing/*.yaml, with what a variant changes. Every run is a run directory under
+--out/PAIR: what is done is not done again, so it may be stopped at any time. `controls`: at the smallest depth, the
+layers of the tail, of the middle and three random draws, healed as `--like` was.
 """
 
 import argparse
+import itertools
 import json
 import random
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
-from text import short_sentences
 
 from raylp.pipeline import run
 from raylp.progress import Reporter
@@ -26,6 +26,7 @@ from raylp.recipe import load_recipe
 from raylp.rundir import RunDir
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "healing"
+SPLITS = ("train", "dev", "test")
 TOKEN_LEVEL = ("heal.loss.distillation=1", "heal.loss.cross_entropy=0.5")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "both": (),
@@ -45,11 +46,11 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--like", default="authentic", help="the variant that controls are healed as; '' for none")
     parser.add_argument("--train", type=int, default=600)
-    parser.add_argument("--max-words", type=int, default=14)
+    parser.add_argument("--max-words", type=int, default=60)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
     given = parser.parse_args()
     out = given.out.resolve() / given.pair
-    text = short_sentences(given.data / given.pair, out / "text", given.max_words, ("train", "dev"))
+    text = cut(given.data / given.pair, out / "text", given.max_words)
     adapted = make(given, out, text, "adapt", "adapted")
     assert adapted.complete("models/adapted")
     runs = []
@@ -65,13 +66,29 @@ def main() -> None:
             print_table(runs)
 
 
+def cut(source: Path, target: Path, max_words: int) -> Path:
+    """The files of the splits in `target`, made once."""
+    if not target.exists():
+        lines = {split: (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines() for split in SPLITS}
+        pages = [
+            list(page) for _, page in itertools.groupby(lines["dev"], lambda line: json.loads(line)["id"].split(":")[0])
+        ]
+        ends = itertools.accumulate(len(page) for page in pages)
+        end = next(end for end in ends if end >= len(lines["dev"]) * 2 / 3)
+        lines |= {"search": lines["dev"][:end], "dev": lines["dev"][end:]}
+        target.mkdir(parents=True)
+        for split, kept in lines.items():
+            if split != "test":
+                kept = [line for line in kept if len(json.loads(line)["source"].split()) <= max_words]
+            (target / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return target
+
+
 def make(given: argparse.Namespace, out: Path, text: Path, recipe: str, name: str, *changes: str) -> RunDir:
     """The run `name`, done."""
     content = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     splits = [key for key in content["data"]["en-de"] if key != "limit"]
-    files = {"search": "dev", "train": "train", "test": "test"}
-    data: dict[str, Any] = {split: str(text / f"{files[split]}.jsonl") for split in splits}
-    data |= {"limit": {"train": given.train, "search": 128}}
+    data: dict[str, Any] = {split: str(text / f"{split}.jsonl") for split in splits} | {"limit": {"train": given.train}}
     overrides = [f"data={json.dumps({given.pair: data})}", f"run_dir={out / name}"]
     if recipe == "heal":
         overrides += [f"model={out / 'adapted' / 'models' / 'adapted'}", f"cache={out / 'both'}"]

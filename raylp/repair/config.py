@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylp.config import Section
 
@@ -31,3 +31,9 @@ class Repair(Section):
     @classmethod
     def _each_once(cls, value: list[Method]) -> list[Method]:
         return list(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _merges(self) -> "Repair":
+        if self.merge_above is not None and "merge" not in self.methods:
+            raise ValueError("merge_above is about merging: add merge to methods, or leave it out")
+        return self
