@@ -1,6 +1,6 @@
 """What healing brings back: one run for each way to heal, and their table.
 
-    python benchmarks/healing.py --data DIR --pair en-de --out runs/healing --variants both,authentic,teacher,token
+    python benchmarks/healing.py --data DIR --pair en-de --out runs/healing
 
 DIR holds a folder for each pair with train.jsonl, dev.jsonl and test.jsonl; the first two thirds of dev, by page, are
 searched on, the rest tells when to stop healing. Sentences of more than `--max-words` are left out, but for the test
@@ -28,12 +28,14 @@ from raylp.rundir import RunDir
 RECIPES = Path(__file__).parents[1] / "recipes" / "healing"
 SPLITS = ("train", "dev", "test")
 TOKEN_LEVEL = ("heal.loss.distillation=1", "heal.loss.cross_entropy=0.5")
+# About as many steps each: two epochs of one kind of data, one of both.
 VARIANTS: dict[str, tuple[str, ...]] = {
+    "authentic": ("heal.data=authentic", "heal.epochs=2", "distill=false"),
     "both": (),
-    "authentic": ("heal.data=authentic", "heal.epochs=4", "distill=false"),
-    "teacher": ("heal.data=teacher", "heal.epochs=4", "heal.baseline=false"),
-    "token": ("heal.data=authentic", "heal.epochs=4", "distill=false", *TOKEN_LEVEL),
+    "token": ("heal.data=authentic", "heal.epochs=2", "distill=false", *TOKEN_LEVEL),
+    "teacher": ("heal.data=teacher", "heal.epochs=2"),
     "token-both": TOKEN_LEVEL,
+    "repaired": ("heal=false", "distill=false", "repair={methods: [compensate, merge, concatenate]}"),
 }
 DRAWS = 3
 
@@ -49,19 +51,19 @@ def main() -> None:
     parser.add_argument("--max-words", type=int, default=60)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
     given = parser.parse_args()
+    given.first = given.variants.partition(",")[0]  # whose scores the others take over
     out = given.out.resolve() / given.pair
     text = cut(given.data / given.pair, out / "text", given.max_words)
     adapted = make(given, out, text, "adapt", "adapted")
     assert adapted.complete("models/adapted")
     runs = []
     for variant in filter(None, given.variants.split(",")):
-        methods = () if variant == "both" else ("repair=false",)
-        runs.append((variant, make(given, out, text, "heal", variant, *VARIANTS[variant], *methods)))
+        runs.append((variant, make(given, out, text, "heal", variant, *VARIANTS[variant])))
         print_table(runs)
     if given.like:
         plan = runs[0][1].read_json("plan.json")
         for name, layers in controls(plan["num_layers"], len(plan["removed"])).items():
-            changes = (*VARIANTS[given.like], "repair=false", "heal.baseline=false", f"search={{given: {layers}}}")
+            changes = (*VARIANTS[given.like], "heal.baseline=false", f"search={{given: {layers}}}")
             runs.append((name, make(given, out, text, "heal", name, *changes)))
             print_table(runs)
 
@@ -91,7 +93,7 @@ def make(given: argparse.Namespace, out: Path, text: Path, recipe: str, name: st
     data: dict[str, Any] = {split: str(text / f"{split}.jsonl") for split in splits} | {"limit": {"train": given.train}}
     overrides = [f"data={json.dumps({given.pair: data})}", f"run_dir={out / name}"]
     if recipe == "heal":
-        overrides += [f"model={out / 'adapted' / 'models' / 'adapted'}", f"cache={out / 'both'}"]
+        overrides += [f"model={out / 'adapted' / 'models' / 'adapted'}", f"cache={out / given.first}"]
     return run(load_recipe(RECIPES / f"{recipe}.yaml", [*overrides, *changes, *given.set]), Reporter())
 
 

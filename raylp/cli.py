@@ -177,8 +177,8 @@ def serve(
 def translate(
     model: Annotated[Path, typer.Argument(help="A checkpoint: raylp's or a stock one.")],
     pair: Annotated[str, typer.Option(help="Language pair, such as cs-de.")],
-    backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
-    batch_size: Annotated[int, typer.Option(help="Sentences at a time; 1 answers line by line.")] = 16,
+    backend: Annotated[str, typer.Option(help="transformers, vllm, or auto: vllm on a GPU.")] = "transformers",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences at a time; 1 answers line by line.")] = 16,
 ) -> None:
     """One line in, one line out.
 
@@ -186,8 +186,8 @@ def translate(
     """
     from raylp.generate.translate import translate as translate_lines
 
-    if backend not in ("transformers", "vllm"):
-        raise UserError(f"--backend {backend!r}: transformers or vllm")
+    if backend not in ("transformers", "vllm", "auto"):
+        raise UserError(f"--backend {backend!r}: transformers, vllm or auto")
     if sys.stdin.isatty():
         print("reading sentences from the keyboard, one a line; Ctrl-D ends", file=sys.stderr)
     translate_lines(model, pair, _stdin_lines(), sys.stdout, backend=backend, batch_size=batch_size)
@@ -203,6 +203,25 @@ def report(run_dir: RunArgument) -> None:
 
     _require_run(run_dir)
     _show_report(RunDir(run_dir), sys.stdout)
+
+
+@app.command()
+def export(
+    run_dir: RunArgument,
+    to: Annotated[Path, typer.Option(help="The directory to write, which is not there yet.")],
+    form: Annotated[str, typer.Option("--format", help="hf: checkpoint and model card; wmt26: a submission.")] = "hf",
+    model: Annotated[str | None, typer.Option(help="One of the run's models, such as healed-15.")] = None,
+) -> None:
+    """A model of a run as a directory for others: with a model card, or as WMT26's model compression task runs it.
+
+    Example: `raylp export runs/demo --format hf --to healed-15`
+    """
+    from raylp.export.export import export as write
+    from raylp.rundir import RunDir
+
+    _require_run(run_dir)
+    name = write(RunDir(run_dir), to, form, model, lambda note: print(note, file=sys.stderr))
+    print(f"{to}  {name}, format {form}")
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """Repair without training: the published formulas, on every family, and a toy model of which the answer is known."""
 
+import io
+
 import pytest
 import torch
 import toy
@@ -203,7 +205,8 @@ def test_the_stage_makes_stock_checkpoints(toy_checkpoint, toy_data, tmp_path, r
         "evaluate": {"metrics": ["chrF2++"]},
     }
     recipe = parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path / "run", **sections))
-    rundir = run(recipe, Reporter(quiet=True))
+    told = io.StringIO()
+    rundir = run(recipe, Reporter(told))
     models = {model["name"]: model for model in rundir.read_json("results.json")["models"]}
     assert list(models) == ["baseline", "pruned-6", "compensated-6", "merged-6", "concatenated-6"]
     for name in list(models)[1:]:
@@ -217,11 +220,16 @@ def test_the_stage_makes_stock_checkpoints(toy_checkpoint, toy_data, tmp_path, r
     assert set(card["found"]) == {"2", "4"}
     compared = {(c["a"], c["b"]) for c in rundir.read_json("results.json")["comparisons"]}
     assert ("concatenated-6", "pruned-6") in compared
+    found = read_card(rundir.local("models/merged-6"))["found"]
+    assert f"merged-6: {sum(tried['kept'] for tried in found)} of {len(found)} merges kept" in told.getvalue()
     before = (rundir.local("models/merged-6") / "model.safetensors").stat().st_mtime_ns
     run(recipe, Reporter(quiet=True))
     assert (rundir.local("models/merged-6") / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_heal_starts_from_what_is_made(toy_checkpoint, toy_data, tmp_path):
+    with pytest.raises(UserError, match="merge_above is about merging: add merge to methods"):
+        sections = {"search": {"given": [1]}, "repair": {"methods": "compensate", "merge_above": 0.9}}
+        parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path, **sections))
     with pytest.raises(UserError, match=r"heal.start: merged needs repair.methods to name 'merge'"):
         parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path, search={"given": [1]}, heal={"start": "merged"}))

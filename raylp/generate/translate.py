@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,6 +38,8 @@ def translate(
         UserError: no checkpoint is at `model_path`, or `pair` is not a language pair.
     """
     split_pair(pair)
+    if backend == "auto":
+        backend = quickest_backend()
     if not (model_path / "config.json").exists():
         raise UserError(f"model {model_path}: no checkpoint is there (config.json and *.safetensors in a directory)")
     prompt = read_prompt(model_path)
@@ -60,6 +63,13 @@ def translate(
         for place in range(len(batch)):
             out.write((outputs[place].text if place in outputs else "") + "\n")
         out.flush()
+
+
+def quickest_backend() -> str:
+    """vllm where there is a GPU and vllm is installed, else transformers, which starts at once."""
+    import torch
+
+    return "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
 
 
 def read_prompt(model_path: Path) -> Prompt:

@@ -30,7 +30,12 @@ def save_checkpoint(model: Any, source: Path, target: Path, card: dict[str, Any]
     with without_layers(model, removed):
         model.save_pretrained(target)
     copy_beside_weights(source, target)
-    (target / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    write_card(target, card)
+
+
+def write_card(path: Path, card: dict[str, Any]) -> None:
+    """`raylp.json` in `path`."""
+    (path / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_beside_weights(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from raylp.errors import UserError
 
 PACKAGE_PREFIX = "package:"
+_NOTICE = re.compile(r"^(licen[cs]e|notice|copying|use_policy)|_terms\b", re.IGNORECASE)
 LICENCES = {"gemma": "Gemma Terms of Use, https://ai.google.dev/gemma/terms"}
 
 
@@ -176,3 +177,16 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             delattr(model.config, leftover)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def find_notices(name: str) -> list[Path]:
+    """Licence texts and notices that come with the model `name`, where it is on this machine; nothing is fetched."""
+    if name.startswith(PACKAGE_PREFIX):
+        try:
+            files = importlib.metadata.files(name.removeprefix(PACKAGE_PREFIX)) or []
+        except importlib.metadata.PackageNotFoundError:
+            return []
+        found = [Path(str(file.locate())) for file in files]
+    else:
+        found = list(Path(name).iterdir()) if Path(name).is_dir() else []
+    return sorted(file for file in found if _NOTICE.search(file.name) and file.is_file())

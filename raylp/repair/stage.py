@@ -36,7 +36,22 @@ def repair(context: Context) -> dict[str, Any]:
         for model in make_models(context, REPAIRED[method], mend_and_prove, {"repair": facts}, section, pairs):
             card = read_card(context.rundir.local(f"models/{model['model']}")) or {}
             made.append({**model, "found": card.get("found")})
+            if method == "merge" and card.get("found"):
+                context.reporter.line(f"{model['model']}: {tell_merges(card['found'])}")
     return {"models": made}
+
+
+def tell_merges(tried: Sequence[dict[str, Any]]) -> str:
+    """What became of the merges, in words: one that is not kept leaves its neighbour as plain removal does."""
+    kept = sum(merge["kept"] for merge in tried)
+    said = f"{kept} of {len(tried)} merges kept"
+    if kept == len(tried):
+        return said
+    best = max((merge for merge in tried if not merge["kept"]), key=lambda merge: merge["merged"])
+    return (
+        f"{said}; the best of the others, of {', '.join(map(str, best['layers']))} into {best['into']}, left the last "
+        f"states at cosine {best['merged']:.3f} to the whole model's, plain removal {best['plain']:.3f}"
+    )
 
 
 def mend_and_prove(

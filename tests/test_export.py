@@ -1,0 +1,251 @@
+"""What leaves a run works by itself: the card's own lines translate, and so does the submission, line for line."""
+
+import importlib.metadata
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy
+import yaml
+from conftest import toy_recipe
+from packaging.requirements import Requirement
+from typer.testing import CliRunner
+
+from raylp.cli import app
+from raylp.errors import UserError
+from raylp.export.card import first_base
+from raylp.export.export import choose, export
+from raylp.export.wmt26 import NEEDED, portable_recipe, spellings
+from raylp.generate.translate import translate
+from raylp.models.checkpoint import CARD
+from raylp.pipeline import run as run_recipe
+from raylp.recipe import load_recipe, parse_recipe
+from raylp.rundir import RunDir
+
+REMOVED = list(toy.TRUTH.answers[0])
+MODEL = f"pruned-{toy.TRUTH.num_layers - len(REMOVED)}"
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_session: None, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> RunDir:
+    """A run that pruned given layers and scored the result."""
+    recipe = toy_recipe(
+        toy_checkpoint,
+        toy_data,
+        tmp_path_factory.mktemp("export") / "run",
+        search={"given": REMOVED},
+        evaluate={"resamples": 100},
+    )
+    recipe["prompt"]["examples"] = 2
+    return run_recipe(parse_recipe(recipe, "toy"))
+
+
+@pytest.fixture(scope="module")
+def carded(finished: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("hf") / "model"
+    assert export(finished, target) == MODEL
+    return target
+
+
+@pytest.fixture(scope="module")
+def python(submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that sees no other packages than setup.sh installs."""
+    named = {Requirement(line).name for line in (submission / "requirements.txt").read_text().split()} | {"torch"}
+    assert named == set(NEEDED)
+    root = tmp_path_factory.mktemp("clean")
+    (root / "packages").mkdir()
+    for name in with_their_own(named):
+        for file in importlib.metadata.files(name) or []:
+            link = root / "packages" / file.parts[0]
+            if file.parts[0] not in ("..", "__pycache__") and not link.is_symlink():
+                link.symlink_to(importlib.metadata.distribution(name).locate_file(file.parts[0]))
+    script = root / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{root / "packages"} exec {sys.executable} -S "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope="module")
+def submission(finished: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wmt26") / "system"
+    export(finished, target, "wmt26")
+    return target
+
+
+def translations(model: Path, lines: list[str]) -> list[str]:
+    out = io.StringIO()
+    translate(model, "xx-yy", lines, out)
+    return out.getvalue().split("\n")[:-1]
+
+
+def test_the_card_says_what_the_run_recorded(finished: RunDir, carded: Path) -> None:
+    text = (carded / "README.md").read_text()
+    matter = yaml.safe_load(text.split("---\n")[1])
+    assert matter["language"] == ["xx", "yy"]
+    assert "base_model" not in matter  # a directory of this machine is no id of a hub
+    assert f"counted from 0 in the model it was cut from: {', '.join(map(str, REMOVED))}." in text
+    models = {model["name"]: model for model in finished.read_json("results.json")["models"]}
+    score = models[MODEL]["scores"]["xx-yy"]["chrF2++"]["value"]
+    row = next(line for line in text.splitlines() if line.startswith("| **this** |"))
+    assert f" {score:.1f} ±" in row
+    assert str(finished.read_json("manifest.json")["data"]["test xx-yy"]["sha256"])[:16] in text
+    assert "which its checkpoint does not state" in text  # the toy model has no licence
+
+
+def test_nothing_of_this_machine_leaves_it(finished: RunDir, carded: Path, submission: Path) -> None:
+    for root in (carded, submission):
+        for file in root.rglob("*"):
+            if file.is_file() and file.suffix != ".safetensors" and "code" not in file.parts:
+                text = file.read_text(encoding="utf-8")
+                assert str(Path(finished.url).parent) not in text, file
+                assert str(Path.home()) + "/" not in text, file
+    assert "/" not in json.loads((carded / CARD).read_text())["base_model"]
+
+
+def test_the_lines_of_the_card_translate_as_raylp_does(carded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code, vllm) = re.findall(r"```python\n(.*?)```", (carded / "README.md").read_text(), re.DOTALL)
+    compile(vllm, "vllm", "exec")
+    source = toy.toy_pairs(1, seed=77)[0]["source"]
+    monkeypatch.chdir(carded)
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", said)
+    exec(code.replace('"Good morning!"', json.dumps(source)), {})
+    monkeypatch.undo()
+    assert said.getvalue().strip() == translations(carded, [source])[0] != ""  # not empty, either
+
+
+def test_a_line_out_for_every_line_in(submission: Path, python: Path, tmp_path: Path) -> None:
+    lines = [
+        "vuni gana pamo kasa",
+        "",
+        "   ",
+        "gana pamo kasa",
+        "kasa " * 4000,
+        "tab\there",
+        "two\u2028parts",
+        "🙂",
+        "",
+    ]
+    given, made = tmp_path / "in.txt", tmp_path / "out.txt"
+    given.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    done = run(
+        submission, python, "--lang-pair", "xx-yy", "--batch-size", "4", "--input", str(given), "--output", str(made)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    found = made.read_text(encoding="utf-8").split("\n")[:-1]
+    assert found == translations(submission / "workdir" / "model", lines)
+    assert len(found) == len(lines)
+    assert [bool(line) for line in found[:4]] == [True, False, False, True]
+    assert "line 5" in done.stderr  # was cut
+    short = run(submission, python, "xx-yy", "4", stdin=given.read_text(encoding="utf-8"))
+    assert short.stdout.split("\n")[:-1] == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--lang-pair", "xx-zz"], "translates xx-yy"),
+        ([], "which language pair"),
+        (["xx-yy", "0"], "at least 1"),
+        (["xx-yy", "4", "5"], "unexpected 5"),
+        (["--lang-pair"], "needs a value"),
+        (["--lang-pair", "xx-yy", "--input", "nowhere.txt"], "cannot be read"),
+        (["--lang-pair", "xx-yy", "--output", "no/where.txt"], "no such directory"),
+        (["--pairs", "xx-yy"], "unknown option --pairs"),
+    ],
+)
+def test_wrong_calls_of_the_submission_say_what_is_wrong(
+    submission: Path, python: Path, arguments: list[str], says: str
+) -> None:
+    done = run(submission, python, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[0]
+    assert done.stdout == ""
+
+
+def with_their_own(names: set[str]) -> set[str]:
+    """The packages and all they require here."""
+    found: set[str] = set()
+    waiting = [name.lower() for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and is_installed(name):  # torch on a GPU requires more than on a CPU
+            found.add(name)
+            for requirement in map(Requirement, importlib.metadata.requires(name) or []):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    waiting.append(requirement.name.lower().replace("_", "-"))
+    return found
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.distribution(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def test_the_recipe_of_a_submission_is_whole_and_names_no_place_of_this_machine(finished: RunDir) -> None:
+    text = portable_recipe(finished.read_text("recipe.yaml"))
+    content = yaml.safe_load(text)
+    assert content["data"]["xx-yy"]["test"] == "data/xx-yy/test.jsonl"
+    assert content["run_dir"] == "run"
+    assert parse_recipe(content, "portable").search is not None
+
+
+def test_pairs_have_the_tasks_spellings() -> None:
+    found = spellings(("cs-de", "en-zh", "en-arz"))
+    assert found["ces-deu"] == found["cs-de"] == found["cs-deu"] == "cs-de"
+    assert found["eng-zho_Hans"] == found["en-zh"] == "en-zh"
+    assert found["eng-ara_EG"] == found["en-ar"] == found["en-ar_EG"] == "en-arz"
+    assert spellings(("eng-ara_EG",))["en-arz"] == "eng-ara_EG"
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(finished: RunDir, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="something is there already"):
+        export(finished, full)
+    assert [file.name for file in full.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match=f"no such model; it has {MODEL}"):
+        export(finished, tmp_path / "new", model="healed")
+    with pytest.raises(UserError, match="one of hf, wmt26"):
+        export(finished, tmp_path / "new", "onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full"]
+    assert choose(finished, "pruned") == choose(finished, None) == MODEL
+    empty = RunDir(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="has no models yet"):
+        choose(empty, None)
+
+
+def test_a_base_is_followed_to_its_beginning(carded: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / CARD).write_text(json.dumps({"base_model": "owner/name"}))
+    assert first_base(str(cut)) == "owner/name"
+    assert first_base("owner/name") == "owner/name"
+
+
+def test_the_verb_says_where_it_wrote_what(finished: RunDir, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", finished.url, "--to", str(target)])
+    assert done.exit_code == 0
+    assert f"{target}  {MODEL}, format hf" in done.output
+    assert load_recipe(Path(finished.url) / "recipe.yaml")  # the run is as it was
+    assert (target / "model.safetensors").stat().st_size > 0
+
+
+def run(submission: Path, python: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """run.sh with that Python, and with a proxy that answers nobody for a network."""
+    nobody = "http://127.0.0.1:9"
+    env = {**os.environ, "PYTHON": str(python), "https_proxy": nobody, "http_proxy": nobody}
+    command = ["bash", str(submission / "run.sh"), *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, check=False, timeout=300)
