@@ -157,8 +157,14 @@ def bench(recipe: RecipeArgument, overrides: SetOption = []) -> None:
 def serve(
     run_dir: RunArgument,
     overrides: SetOption = [],
+    slo: Annotated[
+        str | None, typer.Option(help="Such as p90=300ms: model 'auto' is the one with the most layers that keeps it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the file for `serve deploy`, start nothing.")
+    ] = False,
 ) -> None:
-    """The run's models behind one OpenAI-compatible endpoint, until Ctrl-C.
+    """The run's models behind one endpoint until Ctrl-C: OpenAI's paths, POST /translate, and a page at /.
 
     Example: `raylp serve runs/demo --set serve.port=8001 --set 'serve.models=[healed-15]'`
     """
@@ -166,9 +172,14 @@ def serve(
     from raylp.progress import Reporter
     from raylp.rundir import RunDir
     from raylp.screen import engines_to
+    from raylp.serve.endpoint import deploy_file
     from raylp.serve.endpoint import serve as serve_models
 
-    recipe = _recipe_of(RunDir(run_dir), overrides).model_copy(update={"run_dir": run_dir})
+    asked = [*overrides, *([f"serve.slo={slo}"] if slo is not None else [])]
+    recipe = _recipe_of(RunDir(run_dir), asked).model_copy(update={"run_dir": run_dir})
+    if dry_run:
+        print(deploy_file(open_context(recipe, Reporter(sys.stderr))), end="")
+        return
     with engines_to(RunDir(run_dir).logs() / "serve.log") as (out, err):
         serve_models(open_context(recipe, Reporter(err)), out)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import toy
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,7 @@ from raylp.serve.config import Serve
 from raylp.serve.endpoint import (
     check_memory,
     choose_models,
+    deploy_file,
     endpoint,
     error_lines,
     free_port,
@@ -211,6 +213,7 @@ def test_wrong_sections_are_refused() -> None:
         ({"bench": {"concurrency": [1, 1]}}, "none twice"),
         ({"bench": {"repeats": 1}}, "greater than or equal to 2"),
         ({"serve": {"replicas": 2, "max_replicas": 1}}, "less than replicas"),
+        ({"serve": {"slo": "quick"}}, "p90=300ms"),
     ):
         with pytest.raises(UserError, match=message):
             parse_recipe({"model": "m", "data": {"en-de": {"test": "x"}}, "run_dir": "r", **section})
@@ -281,7 +284,14 @@ def context(
             "model": str(toy_checkpoint),
             "data": {"xx-yy": {"test": str(toy_data["test"])}},
             "run_dir": str(run_dir),
-            "serve": {"port": 0, "dtype": "float32", "max_model_len": 128, "ready_timeout_s": 400},
+            "serve": {
+                "port": 0,
+                "dtype": "float32",
+                "max_model_len": 128,
+                "ready_timeout_s": 400,
+                "slo": "p90=60s",
+                "max_sentences": 20,
+            },
             "bench": {
                 "models": ["baseline", "pruned"],
                 "concurrency": [1, 3],
@@ -310,6 +320,8 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
     with endpoint(context, models, notes.append) as url:
         port = int(url.rpartition(":")[2])
         speaks_openai(url)
+        translates(url, context)
+        refuses(url)
         example = shlex.split(usage(context, url, list(models)).partition("try: ")[2])
         answer = httpx.post(example[1], json=json.loads(example[-1]), timeout=60)
         assert example[0] == "curl" and answer.json()["model"] == PRUNED
@@ -365,10 +377,72 @@ def teaches(context: Context, url: str, toy_data: dict[str, Path], run_dir: Path
     assert sum(row["translation"] == row["reference"] for row in rows) >= 18
 
 
+def translates(url: str, context: Context) -> None:
+    """Sentences by the run's prompt: what `translate` gives, in order; `auto` is the one with the most layers."""
+    rows = toy.toy_splits()["test"][:12]
+    endless = " ".join(row["source"] for row in toy.toy_splits()["train"])
+    sentences = [row["source"] for row in rows]
+    sentences[2:2] = ["", endless, "   "]
+    out = io.StringIO()
+    translate(context.models()[PRUNED], "xx-yy", sentences, out)
+    alone = out.getvalue().split("\n")[:-1]
+    for name in context.models():
+        asked = {"sentences": sentences, "pair": "xx-yy", "model": name}
+        found = httpx.post(f"{url}/translate", json=asked, timeout=60)
+        assert found.status_code == 200, found.text
+        answer = found.json()
+        made = answer["translations"]
+        assert [*made[:2], *made[5:]] == [row["target"] for row in rows]
+        assert [*made[:3], *made[4:]] == [*alone[:3], *alone[4:]], "line for line as `raylp translate`"
+        assert answer["cut"] == [3] and made[3] and answer["model"] == name
+    auto = httpx.post(f"{url}/translate", json={"sentences": sentences[:1], "model": "auto"}, timeout=60)
+    assert auto.json()["model"] == auto.headers["x-raylp-model"] == "baseline", "quick enough, by far"
+    body = {"model": "auto", "prompt": f"{rows[0]['source']} =", "max_tokens": 4, "temperature": 0}
+    whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert whole.json()["model"] == whole.headers["x-raylp-model"] == "baseline"
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as stream:
+        assert stream.headers["x-raylp-model"] == "baseline"
+        assert list(stream.iter_lines())[-2:] == ["data: [DONE]", ""]
+    page = httpx.get(url + "/")
+    assert page.status_code == 200 and f'"shown": ["baseline", "{PRUNED}"]' in page.text
+    health = httpx.get(f"{url}/health", timeout=30)
+    assert health.status_code == 200 and health.json()["status"] == "ok"
+    said = httpx.get(f"{url}/metrics").text
+    assert 'raylp_requests_total{path="/translate",status="200"} 3.0' in said
+    assert "access-control-allow-origin" not in page.headers, "no other page may ask"
+
+
+def refuses(url: str) -> None:
+    """What a client does wrong is said to it, and the endpoint goes on."""
+    for body, status, said in (
+        (b"{", 400, "JSON"),
+        (b'{"sentences": "one"}', 400, "sentences: "),
+        (b'{"sentences": [], "pears": "xx-yy"}', 400, "pears"),
+        (b'{"sentences": ["a"], "pair": "de-en", "model": "auto"}', 400, "one of xx-yy"),
+        (b'{"sentences": ["a"], "model": "nobody"}', 404, "nobody"),
+        (b'{"sentences": ["a"]}', 400, "Model parameter is required"),
+        (json.dumps({"sentences": ["a"] * 21, "model": "auto"}).encode(), 413, "20 at a time"),
+        (b"x" * (2**20 + 1), 413, "1048576 bytes"),
+    ):
+        answer = httpx.post(f"{url}/translate", content=body, headers={"content-type": "application/json"}, timeout=60)
+        assert answer.status_code == status, (body[:80], answer.text)
+        assert said in answer.json()["error"]["message"], answer.text
+    with httpx.stream(
+        "POST",
+        f"{url}/v1/completions",
+        json={"model": "baseline", "prompt": "a", "max_tokens": 100, "min_tokens": 100, "stream": True},
+        timeout=60,
+    ) as stream:
+        next(stream.iter_lines())  # and leave
+    empty = httpx.post(f"{url}/translate", json={"sentences": [], "model": "auto"}, timeout=60)
+    assert empty.json()["translations"] == []
+
+
 def speaks_openai(url: str) -> None:
     """Models, completions whole and streamed, chat, and errors a client can read."""
     names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
-    assert sorted(names) == ["baseline", PRUNED]
+    assert sorted(names) == ["auto", "baseline", PRUNED]
+    names.remove("auto")
     row = toy.toy_splits()["test"][0]
     body = {"prompt": f"{row['source']} =", "max_tokens": 16, "temperature": 0, "stop": "\n"}
     for name in names:
@@ -383,6 +457,32 @@ def speaks_openai(url: str) -> None:
     assert wrong.status_code == 404
     too_long = httpx.post(f"{url}/v1/completions", json={**body, "model": PRUNED, "max_tokens": 10**6}, timeout=60)
     assert too_long.status_code == 400
+
+
+def test_the_file_for_a_cluster_builds_the_same_endpoint(context: Context, tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from raylp.serve.app import build
+
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    served = context.recipe.serve.model_copy(update={"api_keys": str(keys)})
+    recipe = context.recipe.model_copy(update={"serve": served})
+    text = deploy_file(replace(context, recipe=recipe))
+    assert "secret" not in text
+    (application,) = ServeDeploySchema(**yaml.safe_load(text)).applications
+    assert application.import_path == "raylp.serve.app:build"
+    assert [config["model_loading_config"]["model_id"] for config in application.args["llm_configs"]] == [
+        "baseline",
+        PRUNED,
+    ]
+    assert build(application.args) is not None
+    keys.write_text("# none\n")
+    with pytest.raises(UserError, match=r"keys has no key: write one a line"):
+        deploy_file(replace(context, recipe=recipe))
+    gone = served.model_copy(update={"api_keys": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match=r"serve.api_keys: .*gone cannot be read"):
+        deploy_file(replace(context, recipe=recipe.model_copy(update={"serve": gone})))
 
 
 @pytest.mark.slow

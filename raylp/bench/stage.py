@@ -28,7 +28,16 @@ from raylp.rundir import RunDir
 from raylp.serve.endpoint import choose_models, endpoint, engine_length, serve_dtype
 
 ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
-_ENGINE_SETTINGS = {"replicas", "max_replicas", "target_ongoing_requests", "cpus", "gpus", "dtype", "max_model_len"}
+_ENGINE_SETTINGS = {
+    "replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "cpus",
+    "gpus",
+    "dtype",
+    "max_model_len",
+    "tensor_parallel",
+}
 LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
 
 

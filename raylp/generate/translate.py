@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,7 +51,7 @@ def translate(
     generator: Generator | None = None
     for first, batch in _batches(lines, batch_size):
         fitted = [
-            (place, fit(tokenizer, prompt, line.strip(), pair, room, first + place))
+            (place, _fit_line(tokenizer, prompt, line.strip(), pair, room, first + place))
             for place, line in enumerate(batch)
             if line.strip()
         ]
@@ -87,14 +88,24 @@ def read_prompt(model_path: Path) -> Prompt:
         raise UserError(f"{model_path / CARD}: its prompt cannot be read: {error}") from error
 
 
-def fit(tokenizer: Any, prompt: Prompt, source: str, pair: str, room: int, number: int) -> Request:
+@dataclass(frozen=True)
+class Fitted:
+    """`kept`: characters of the source that are asked about; `cut`: whether that is not all of it."""
+
+    request: Request
+    kept: int
+    cut: bool
+
+
+def fit(tokenizer: Any, prompt: Prompt, source: str, pair: str, room: int) -> Fitted:
     """The request for `source`, cut at the end until prompt and translation fit into `room` tokens.
 
-    `number`: of the line, for the warning.
+    Raises:
+        UserError: the prompt alone does not fit.
     """
     request = _request(tokenizer, prompt, source, pair)
     if len(request.tokens) + request.max_new_tokens <= room:
-        return request
+        return Fitted(request, len(source), False)
     low, high = 0, len(source)
     # The longest beginning that fits: its length in characters, by bisection.
     while low < high:
@@ -103,16 +114,25 @@ def fit(tokenizer: Any, prompt: Prompt, source: str, pair: str, room: int, numbe
         low, high = (middle, high) if len(request.tokens) + request.max_new_tokens <= room else (low, middle - 1)
     if low == 0:
         raise UserError(
-            f"line {number}: the prompt alone leaves no room in the model's {room} tokens; use fewer examples, or "
-            f"backend transformers"
+            f"the prompt alone leaves no room in the model's {room} tokens; use fewer examples, or backend transformers"
         )
     kept = source[:low].rpartition(" ")[0] or source[:low]
-    print(
-        f"line {number}: {len(source)} characters are more than the model's {room} tokens allow; the first {len(kept)} "
-        f"are translated",
-        file=sys.stderr,
-    )
-    return _request(tokenizer, prompt, kept, pair)
+    return Fitted(_request(tokenizer, prompt, kept, pair), len(kept), True)
+
+
+def _fit_line(tokenizer: Any, prompt: Prompt, line: str, pair: str, room: int, number: int) -> Request:
+    """The request for line `number`; what is cut is said on stderr."""
+    try:
+        fitted = fit(tokenizer, prompt, line, pair, room)
+    except UserError as error:
+        raise UserError(f"line {number}: {error}") from error
+    if fitted.cut:
+        print(
+            f"line {number}: {len(line)} characters are more than the model's {room} tokens allow; the first "
+            f"{fitted.kept} are translated",
+            file=sys.stderr,
+        )
+    return fitted.request
 
 
 def _request(tokenizer: Any, prompt: Prompt, source: str, pair: str) -> Request:

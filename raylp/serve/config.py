@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from raylp.config import Section
+from raylp.errors import UserError
+from raylp.serve.slo import read_objective
 
 
 class Serve(Section):
@@ -13,7 +15,13 @@ class Serve(Section):
     `replicas`: of each model at least, `max_replicas`: at most, when more than `target_ongoing_requests` come at once.
     `cpus`: logical CPUs of a replica; `gpus`: GPUs of one (auto: one, or an equal share when there are fewer; none on a
     cluster without). `dtype`: of weights (auto: bfloat16 on a CPU, where vLLM is quickest with it, else the run's own).
-    `max_model_len`: the most tokens of a prompt and its answer. `ready_timeout_s`: how long a start may take.
+    `tensor_parallel`: GPUs that one engine's weights are spread over.
+    `max_model_len`: the most tokens of a prompt and its answer. `ready_timeout_s`: how long a start may take;
+    `drain_s`: how long a shutdown waits for requests at work.
+    `max_waiting`: requests at work at a time, more are told to come again; `max_body_bytes` of a request;
+    `max_sentences` of a request to /translate. `api_keys`: a file with one key a line, of which each request must send
+    one. `slo`: such as p90=300ms; requests to the model `auto` are answered by the one with the most layers that meets
+    it under the present load.
     """
 
     models: list[str] | None = Field(None, min_length=1)
@@ -26,7 +34,14 @@ class Serve(Section):
     gpus: float | Literal["auto"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int = Field(1024, ge=16)
+    tensor_parallel: int = Field(1, ge=1)
     ready_timeout_s: float = Field(600, gt=0)
+    drain_s: float = Field(30, ge=0)
+    max_waiting: int = Field(256, ge=1)
+    max_body_bytes: int = Field(2**20, ge=1024)
+    max_sentences: int = Field(256, ge=1)
+    api_keys: str | None = None
+    slo: str | None = None
 
     @model_validator(mode="after")
     def _limits(self) -> "Serve":
@@ -34,4 +49,9 @@ class Serve(Section):
             raise ValueError(f"max_replicas is {self.max_replicas}, less than replicas, which is {self.replicas}")
         if self.gpus != "auto" and self.gpus < 0:
             raise ValueError("gpus: a number of GPUs, or auto")
+        if self.slo is not None:
+            try:
+                read_objective(self.slo)
+            except UserError as error:
+                raise ValueError(str(error)) from error
         return self

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
+import yaml
 
 from raylp import cluster
 from raylp.context import Context
 from raylp.errors import UserError
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options, kv_cache_bytes
-from raylp.models.checkpoint import count_parameters
+from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
 from raylp.names import CUT_KINDS
 from raylp.serve.config import Serve
+from raylp.serve.gate import read_keys
 
 APP = "raylp"
 BEAT_S = 2.0
@@ -66,8 +68,7 @@ def serve(context: Context, out: TextIO) -> None:
 
 def usage(context: Context, url: str, names: Sequence[str]) -> str:
     """One line: where the endpoint is, what it serves, and a request to try, in the words of the run's prompt."""
-    pairs = [corpus.pair or name.rpartition(":")[2] for name, corpus in context.recipe.data.items()]
-    asked = context.prompt.ask("Hello", pairs[0])
+    asked = context.prompt.ask("Hello", run_pairs(context)[0])
     body: dict[str, Any] = {"model": names[-1], "max_tokens": 16, "temperature": 0}
     if context.prompt.chat:
         path, body["messages"] = "chat/completions", [{"role": "user", "content": asked}]
@@ -75,7 +76,7 @@ def usage(context: Context, url: str, names: Sequence[str]) -> str:
         path, body["prompt"], body["stop"] = "completions", asked, "\n"
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     example = f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"
-    return f"{url}/v1  models: {', '.join(names)}  try: {example}"
+    return f"{url}/v1  models: {', '.join(names)}  page: {url}/  try: {example}"
 
 
 def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: str) -> dict[str, Path]:
@@ -115,7 +116,7 @@ def endpoint(
     gpus = gpu_share(config.gpus, engines, ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(config, context.dtype, gpus)
     what = f"serving {', '.join(models)} ({engines} engines)" if engines > 1 else f"serving {next(iter(models))}"
-    cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus)
+    cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus * config.tensor_parallel)
     if gpus == 0 and _num_nodes() == 1:
         weights = [config.replicas * count_parameters(path)[0] * BYTES_PER_WEIGHT[dtype] for path in models.values()]
         processes = SERVE_BYTES + sum(config.replicas * engine_bytes(path) for path in models.values())
@@ -128,28 +129,36 @@ def endpoint(
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
     url = f"http://{config.host}:{port}"
     try:
-        _deploy(models, config, dtype, gpus, logs, port)
+        _deploy(context, models, dtype, gpus, logs, port)
         _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
         yield url
     finally:
+        _drain(config.drain_s)
         _shut_down(port)
 
 
-def serve_config(
-    models: Mapping[str, Path], config: Serve, dtype: str, gpus: float = 0, logs: Mapping[str, Path] | None = None
-) -> Any:
-    """The Serve application: one vLLM deployment for each model, one OpenAI ingress in front of all.
+def serve_args(
+    context: Context,
+    models: Mapping[str, Path],
+    dtype: str,
+    gpus: float = 0,
+    logs: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """What `raylp.serve.app.build` takes: plain data.
 
     `gpus` of each engine, 0 for the CPU; `logs`: the file each engine writes its log to (default: Ray's own).
-    """
-    from ray.serve.llm import LLMConfig, build_openai_app
 
+    Raises:
+        UserError: the file of API keys is not there or has none.
+    """
+    config = context.recipe.serve
     configs = []
     for name, path in models.items():
         env = cluster.worker_env()
         if logs is not None:
             env["VLLM_LOGGING_CONFIG_PATH"] = _logging_config(logs[name])
         engine: dict[str, Any] = {"dtype": dtype, "max_model_len": engine_length(config, path)}
+        engine["tensor_parallel_size"] = config.tensor_parallel
         if gpus:
             engine |= {"gpu_memory_utilization": 0.9 * min(gpus, 1), "max_num_seqs": 2 * config.target_ongoing_requests}
             bundle = {"CPU": 0, "GPU": gpus}
@@ -158,11 +167,11 @@ def serve_config(
             engine["worker_cls"] = CPU_WORKER
             bundle = {"CPU": 0}
         configs.append(
-            LLMConfig(
-                model_loading_config={"model_id": name, "model_source": str(path)},
-                accelerator_config={"kind": "gpu" if gpus else "cpu"},
-                placement_group_config={"bundle_per_worker": bundle},
-                deployment_config={
+            {
+                "model_loading_config": {"model_id": name, "model_source": str(path)},
+                "accelerator_config": {"kind": "gpu" if gpus else "cpu"},
+                "placement_group_config": {"bundle_per_worker": bundle},
+                "deployment_config": {
                     "autoscaling_config": {
                         "min_replicas": config.replicas,
                         "initial_replicas": config.replicas,
@@ -176,16 +185,85 @@ def serve_config(
                     "health_check_timeout_s": 60,
                     "ray_actor_options": {"num_cpus": config.cpus},
                 },
-                engine_kwargs=engine,
-                runtime_env={"env_vars": env},
-                callback_config={"callback_class": "raylp.serve.callback.LocalCheckpoint"},
+                "engine_kwargs": engine,
+                "runtime_env": {"env_vars": env},
+                "callback_config": {"callback_class": "raylp.serve.callback.LocalCheckpoint"},
                 # Ray's default holds tokens back up to 50 ms and sends them bunched.
-                experimental_configs={"stream_batching_interval_ms": 0},
-                log_engine_metrics=False,
-            )
+                "experimental_configs": {"stream_batching_interval_ms": 0},
+                "log_engine_metrics": False,
+            }
         )
-    ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": INGRESS_CPUS}}
-    return build_openai_app({"llm_configs": configs, "ingress_deployment_config": ingress})
+    return {
+        "llm_configs": configs,
+        "ingress": {
+            "num_replicas": 1,
+            # The gate before it says when there are too many; here nothing may wait unseen.
+            "max_ongoing_requests": 2 * config.max_waiting,
+            "ray_actor_options": {"num_cpus": INGRESS_CPUS},
+        },
+        "gate": {
+            "max_body_bytes": config.max_body_bytes,
+            "max_waiting": config.max_waiting,
+            "keys": api_keys(config),
+        },
+        "run": {
+            "prompt": context.prompt.model_dump(mode="json"),
+            "pairs": run_pairs(context),
+            "models": {name: {"path": str(path), "layers": sizes(path)["layers"]} for name, path in models.items()},
+            "slo": config.slo,
+            "keys": config.api_keys is not None,
+            "max_sentences": config.max_sentences,
+            "max_model_len": min(engine_length(config, path) for path in models.values()),
+        },
+    }
+
+
+def run_pairs(context: Context) -> list[str]:
+    """The language pairs of the recipe's data, each once."""
+    data = context.recipe.data.items()
+    return list(dict.fromkeys(corpus.pair or name.rpartition(":")[2] for name, corpus in data))
+
+
+def api_keys(config: Serve) -> list[str]:
+    """SHA-256 of every key that may ask; none where the endpoint is open.
+
+    Raises:
+        UserError: the file of keys cannot be read or has none.
+    """
+    if config.api_keys is None:
+        return []
+    try:
+        keys = read_keys(Path(config.api_keys).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"serve.api_keys: {config.api_keys} cannot be read: {error}") from error
+    if not keys:
+        raise UserError(f"serve.api_keys: {config.api_keys} has no key: write one a line")
+    return keys
+
+
+def deploy_file(context: Context) -> str:
+    """The endpoint as a file for `serve deploy`, or for the `serveConfigV2` of a RayService.
+
+    Raises:
+        UserError: the run has no such model.
+    """
+    config = context.recipe.serve
+    models = choose_models(config.models, context.models(), "serve.models")
+    engines = len(models) * config.replicas
+    gpus = gpu_share(config.gpus, engines, cluster.num_gpus())
+    content = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "raylp.serve.app:build",
+                "args": serve_args(context, models, serve_dtype(config, context.dtype, gpus), gpus),
+            }
+        ],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def serve_dtype(config: Serve, run_dtype: str, gpus: float) -> str:
@@ -265,7 +343,7 @@ def error_lines(log: str) -> list[str]:
 
 
 def _deploy(
-    models: Mapping[str, Path], config: Serve, dtype: str, gpus: float, logs: Mapping[str, Path], port: int
+    context: Context, models: Mapping[str, Path], dtype: str, gpus: float, logs: Mapping[str, Path], port: int
 ) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # importing ray.serve.llm imports vllm here too
     for name in ("ray.serve", "ray.llm"):
@@ -277,8 +355,10 @@ def _deploy(
     for log in logs.values():
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
-    app = serve_config(models, config, dtype, gpus, logs if _num_nodes() == 1 else None)
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": port})
+    from raylp.serve.app import build
+
+    app = build(serve_args(context, models, dtype, gpus, logs if _num_nodes() == 1 else None))
+    serve.start(proxy_location="HeadOnly", http_options={"host": context.recipe.serve.host, "port": port})
     serve.run_many([RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
 
 
@@ -338,6 +418,21 @@ def _why(status: Any, waiting: Sequence[str], logs: Mapping[str, Path]) -> str:
         if lines:
             return f"model {name}: {lines[-1][:300]} (log: {log if text else cluster.session_logs()})"
     return f"{status.message or 'no engine reported an error'} (logs: {', '.join(str(logs[n]) for n in waiting)})"
+
+
+def _drain(most_s: float) -> None:
+    """Lets nothing new in, and waits until what is at work is answered, or `most_s` are over."""
+    from ray import serve
+
+    deadline = time.monotonic() + most_s
+    try:
+        if serve.status().applications[APP].status != "RUNNING":
+            return
+        handle = serve.get_app_handle(APP)
+        while handle.drain.remote().result(timeout_s=5) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    except Exception as error:  # whatever keeps it from draining, it is shut down next
+        logging.getLogger(__name__).debug("not drained: %s", error)
 
 
 def _shut_down(port: int) -> None:

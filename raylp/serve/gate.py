@@ -1,0 +1,165 @@
+"""What stands before the endpoint: keys, limits, and the count of what passes. Pure ASGI; no engine is needed."""
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+# Answered without a key, and while the endpoint drains.
+OPEN = frozenset({"/", "/health", "/metrics"})
+# What is named in metrics; others share one name, so that strangers cannot make up series without end.
+KNOWN = (*OPEN, "/translate", "/v1/chat/completions", "/v1/completions", "/v1/models")
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
+RETRY_AFTER_S = 1
+
+
+class Traffic:
+    """What has passed a gate and what is at work behind it. While `draining`, nothing new is let in."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.at_work = 0
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "raylp_requests", "Requests answered, by path and status", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "raylp_request_seconds",
+            "From a request to its last byte",
+            ["path"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        gauge = Gauge("raylp_requests_at_work", "Requests let through and not yet answered", registry=self.registry)
+        gauge.set_function(lambda: self.at_work)
+
+
+TRAFFIC = Traffic()  # of the endpoint of this process: the framework makes the gate, others ask about it
+
+
+class Gate:
+    """Lets a request through to `app`, or answers it with what is wrong and what to do.
+
+    `max_body_bytes`: a longer request is refused with 413; `max_waiting`: requests at work at a time, beyond which 429
+    says when to come again; `keys`: SHA-256 of each API key, none for an open endpoint (401 without a right one).
+    While the traffic drains, what is at work is finished and all else is refused with 503.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        max_body_bytes: int,
+        max_waiting: int,
+        keys: Iterable[str] = (),
+        traffic: Traffic = TRAFFIC,
+    ) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.max_waiting = max_waiting
+        self.keys = tuple(keys)
+        self.traffic = traffic
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in KNOWN else "other"
+        started = time.perf_counter()
+        status = 499  # what proxies write where the client left before an answer
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, noting)
+        finally:
+            self.traffic.requests.labels(path, str(status)).inc()
+            self.traffic.seconds.labels(path).observe(time.perf_counter() - started)
+
+    async def _pass(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        free = scope["path"] in OPEN
+        if self.keys and not free and not self._knows(headers.get(b"authorization", b"")):
+            said = "an API key is wanted: send the header 'Authorization: Bearer KEY'"
+            await refuse(send, 401, said, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+            return
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self.app(scope, receive, send)
+            return
+        traffic = self.traffic
+        if traffic.draining:
+            await refuse(send, 503, "the endpoint is shutting down: send this elsewhere", "shutting_down")
+            return
+        if traffic.at_work >= self.max_waiting:
+            said = f"{traffic.at_work} requests are at work, the most there may be: come again in {RETRY_AFTER_S} s"
+            await refuse(send, 429, said, "too_many_requests", {"Retry-After": str(RETRY_AFTER_S)})
+            return
+        traffic.at_work += 1
+        try:
+            body = await self._whole(headers, receive)
+            if body is None:
+                said = f"the request is longer than {self.max_body_bytes} bytes: send less at a time"
+                await refuse(send, 413, said, "request_too_large")
+                return
+            await self.app(scope, _again(body, receive), send)
+        finally:
+            traffic.at_work -= 1
+
+    def _knows(self, authorization: bytes) -> bool:
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).hexdigest()
+        known = [hmac.compare_digest(digest, other) for other in self.keys]  # all of them, in the same time
+        return scheme.lower() == b"bearer" and any(known)
+
+    async def _whole(self, headers: dict[bytes, bytes], receive: Receive) -> Message | None:
+        """The body as one message, or the client's farewell; None where it is too long."""
+        said = headers.get(b"content-length", b"0")
+        if said.isdigit() and int(said) > self.max_body_bytes:
+            return None
+        parts: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            parts.append(message.get("body", b""))
+            if sum(map(len, parts)) > self.max_body_bytes:
+                return None
+            if not message.get("more_body"):
+                return {"type": "http.request", "body": b"".join(parts), "more_body": False}
+
+
+def _again(first: Message, receive: Receive) -> Receive:
+    """Gives `first`, then whatever comes."""
+    waiting = [first]
+
+    async def give() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return give
+
+
+async def refuse(send: Send, status: int, message: str, code: str, headers: dict[str, str] | None = None) -> None:
+    """An error in the form OpenAI's clients read."""
+    body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": code}}).encode()
+    told = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    raw = [(name.lower().encode(), value.encode()) for name, value in told.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def read_keys(text: str) -> list[str]:
+    """SHA-256 of each key in a file of one key a line; blank lines and comments (#) are left out."""
+    lines = (line.strip() for line in text.splitlines())
+    return [hashlib.sha256(line.encode()).hexdigest() for line in lines if line and not line.startswith("#")]

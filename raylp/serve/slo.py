@@ -1,0 +1,101 @@
+"""Which model answers where there is a latency to keep: the one with the most layers that keeps it under this load.
+
+Pure: it is told what was asked and how long it took. A model's latency is known from its own requests at a like load,
+and forgotten after a while, so that a model is tried again when the load has fallen.
+"""
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raylp.errors import UserError
+
+AUTO = "auto"  # the name that requests ask for
+KEEP_S = 30.0
+LEAST = 5
+_FORM = re.compile(r"p(\d{1,2}(?:\.\d+)?)=(\d+(?:\.\d+)?)(ms|s)")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """So many percent of requests are answered within so many milliseconds."""
+
+    percentile: float
+    ms: float
+
+    def __str__(self) -> str:
+        return f"p{self.percentile:g}={self.ms:g}ms"
+
+
+def read_objective(text: str) -> Objective:
+    """`p90=300ms` or `p99=1.5s`.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    found = _FORM.fullmatch(text.strip())
+    if not found or float(found[1]) == 0 or float(found[2]) == 0:
+        raise UserError(f"slo {text!r}: write a percentile and a time, such as p90=300ms or p99=1.5s")
+    return Objective(float(found[1]), float(found[2]) * (1000 if found[3] == "s" else 1))
+
+
+class Chooser:
+    """`models`: from the most layers to the fewest. `clock`: in seconds.
+
+    A load is a number of requests at work; loads within a factor of two are alike. What is not known of a model at a
+    load follows from what is: with fewer at work it is no slower. What then is still unknown is tried.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        objective: Objective,
+        clock: Callable[[], float] = time.monotonic,
+        keep_s: float = KEEP_S,
+        least: int = LEAST,
+    ) -> None:
+        self.models = list(models)
+        self.objective = objective
+        self.clock = clock
+        self.keep_s = keep_s
+        self.least = least
+        self._seen: dict[str, dict[int, deque[tuple[float, float]]]] = {model: {} for model in models}
+
+    def choose(self, load: int) -> str:
+        """The first of the models that keeps the objective at this load, or may; the last where none does."""
+        return next((model for model in self.models if self.keeps(model, load) is not False), self.models[-1])
+
+    def done(self, model: str, load: int, ms: float) -> None:
+        """A request to `model`, let in when `load` were at work, took `ms`."""
+        if model in self._seen:
+            self._seen[model].setdefault(_like(load), deque(maxlen=200)).append((self.clock(), ms))
+
+    def keeps(self, model: str, load: int) -> bool | None:
+        """Whether the model keeps the objective at this load, as far as is known now."""
+        here = _like(load)
+        known = {like: self._percentile(model, like) for like in self._seen[model]}
+        levels = {like: ms <= self.objective.ms for like, ms in known.items() if ms is not None}
+        if here in levels:
+            return levels[here]
+        if any(not kept for like, kept in levels.items() if like < here):
+            return False
+        return True if any(kept for like, kept in levels.items() if like > here) else None
+
+    def _percentile(self, model: str, like: int) -> float | None:
+        """Of the latencies at a load that are not too old; None where they are too few."""
+        seen = self._seen[model][like]
+        oldest = self.clock() - self.keep_s
+        while seen and seen[0][0] < oldest:
+            seen.popleft()
+        if len(seen) < self.least:
+            return None
+        ordered = sorted(ms for _, ms in seen)
+        return ordered[math.ceil(self.objective.percentile / 100 * len(ordered)) - 1]
+
+
+def _like(load: int) -> int:
+    """Loads of 1, 2 to 3, 4 to 7 and so on are alike."""
+    return max(1, load).bit_length()

@@ -1,0 +1,204 @@
+"""Before the endpoint: keys, limits, counts, and the choice of a model by latency. No engine runs here."""
+
+import asyncio
+import hashlib
+import json
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import generate_latest
+
+from raylp.errors import UserError
+from raylp.serve.gate import Gate, Traffic, read_keys
+from raylp.serve.slo import Chooser, Objective, read_objective
+
+KEY = hashlib.sha256(b"secret").hexdigest()
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the length of the body, slowly where that is asked for."""
+    message = await receive()
+    if scope["path"] == "/v1/completions":
+        await asyncio.sleep(0.2)
+    body = str(len(message.get("body", b""))).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def gate_to(app: Any, most: int = 10, keys: list[str] | None = None) -> Gate:
+    return Gate(app, 100, most, keys or (), Traffic())
+
+
+def ask(gate: Gate, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
+    """The answers to requests sent at once."""
+
+    async def all_of_them() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(gate)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await asyncio.gather(*(client.request(method, path, **more) for method, path, more in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def test_a_key_is_asked_for_where_there_are_any() -> None:
+    gate = gate_to(echo, keys=[KEY])
+    right, wrong, none, page = ask(
+        gate,
+        ("POST", "/translate", {"headers": {"Authorization": "Bearer secret"}, "content": b"four"}),
+        ("POST", "/translate", {"headers": {"Authorization": "Bearer guess"}}),
+        ("GET", "/v1/models", {}),
+        ("GET", "/", {}),
+    )
+    assert (right.status_code, right.text) == (200, "4")
+    assert (wrong.status_code, none.status_code, page.status_code) == (401, 401, 200)
+    assert "Authorization: Bearer KEY" in wrong.json()["error"]["message"]
+    assert wrong.headers["www-authenticate"] == "Bearer"
+    assert "guess" not in wrong.text
+    (open_to_all,) = ask(gate_to(echo), ("POST", "/translate", {}))
+    assert open_to_all.status_code == 200
+
+
+def test_what_is_too_long_is_refused_with_and_without_a_length() -> None:
+    async def parts() -> Any:
+        for _ in range(11):
+            yield b"x" * 10
+
+    gate = gate_to(echo)
+    fits, told, untold = ask(
+        gate,
+        ("POST", "/translate", {"content": b"x" * 100}),
+        ("POST", "/translate", {"content": b"x" * 101}),
+        ("POST", "/translate", {"content": parts()}),
+    )
+    assert (fits.text, told.status_code, untold.status_code) == ("100", 413, 413)
+    assert "100 bytes" in told.json()["error"]["message"]
+    assert gate.traffic.at_work == 0
+
+
+def test_too_many_at_once_are_told_when_to_come_again() -> None:
+    gate = gate_to(echo, most=3)
+    answers = ask(gate, *[("POST", "/v1/completions", {"content": b"x"})] * 5)
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429]
+    late = next(answer for answer in answers if answer.status_code == 429)
+    assert late.headers["retry-after"] == "1"
+    assert "3 requests are at work" in late.json()["error"]["message"]
+    assert gate.traffic.at_work == 0
+    assert ask(gate, ("POST", "/v1/completions", {}))[0].status_code == 200
+
+
+def test_while_it_drains_what_is_at_work_is_finished_and_the_rest_refused() -> None:
+    gate = gate_to(echo)
+
+    async def scene() -> list[int]:
+        transport = httpx.ASGITransport(gate)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            first = asyncio.create_task(client.post("/v1/completions"))
+            await asyncio.sleep(0.05)
+            gate.traffic.draining = True
+            late, health = await client.post("/v1/completions"), await client.get("/health")
+            return [(await first).status_code, late.status_code, health.status_code]
+
+    assert asyncio.run(scene()) == [200, 503, 200]
+
+
+def test_requests_are_counted_by_path_and_status() -> None:
+    gate = gate_to(echo, keys=[KEY])
+    ask(gate, ("GET", "/health", {}), ("POST", "/translate", {}), ("GET", "/made/up/1", {}), ("GET", "/made/up/2", {}))
+    said = generate_latest(gate.traffic.registry).decode()
+    assert 'raylp_requests_total{path="/health",status="200"} 1.0' in said
+    assert 'raylp_requests_total{path="/translate",status="401"} 1.0' in said
+    assert 'raylp_requests_total{path="other",status="401"} 2.0' in said
+    assert "raylp_requests_at_work 0.0" in said
+    assert "made" not in said
+
+
+def test_an_app_that_fails_is_no_longer_at_work() -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError
+
+    gate = gate_to(fails)
+    with pytest.raises(RuntimeError):
+        ask(gate, ("POST", "/translate", {}))
+    assert gate.traffic.at_work == 0
+
+
+def test_keys_are_read_by_line() -> None:
+    assert read_keys("# mine\nsecret\n\n  secret \n") == [KEY, KEY]
+    assert json.dumps(read_keys("secret")).find("secret") == -1
+
+
+# --- by latency ---
+
+
+@pytest.mark.parametrize(
+    ("text", "percentile", "ms"), [("p90=300ms", 90, 300), ("p99=1.5s", 99, 1500), (" p99.9=20ms", 99.9, 20)]
+)
+def test_objectives(text: str, percentile: float, ms: float) -> None:
+    assert read_objective(text) == Objective(percentile, ms)
+
+
+@pytest.mark.parametrize("text", ["300ms", "p90", "p90=300", "p0=3ms", "p90=0ms", "p100=3ms", "q90=300ms", ""])
+def test_wrong_objectives_are_told_what_is_meant(text: str) -> None:
+    with pytest.raises(UserError, match=r"p90=300ms or p99=1\.5s"):
+        read_objective(text)
+
+
+class World:
+    """A clock, and models of which each takes so many ms for each request at work."""
+
+    def __init__(self, **cost: float) -> None:
+        self.now = 0.0
+        self.cost = cost
+        self.chooser = Chooser(list(cost), Objective(90, 300), lambda: self.now)
+
+    def requests(self, load: int, count: int = 20) -> list[str]:
+        chosen = []
+        for _ in range(count):
+            model = self.chooser.choose(load)
+            self.now += 0.05
+            self.chooser.done(model, load, self.cost[model] * load)
+            chosen.append(model)
+        return chosen
+
+
+def test_the_one_with_the_most_layers_answers_while_it_is_quick_enough() -> None:
+    world = World(whole=100, cut=60, stump=20)
+    assert set(world.requests(2)) == {"whole"}
+    assert world.requests(4)[-10:] == ["cut"] * 10, "400 ms against 240"
+    assert world.requests(8)[-10:] == ["stump"] * 10
+    assert world.requests(100)[-10:] == ["stump"] * 10, "no model keeps it: the quickest does what it can"
+
+
+def test_when_the_load_falls_the_better_one_is_back_at_once() -> None:
+    world = World(whole=100, cut=20)
+    world.requests(2)
+    world.requests(9)
+    assert world.requests(2)[0] == "whole"
+
+
+def test_what_was_too_slow_is_tried_again_after_a_while() -> None:
+    world = World(whole=400, cut=20)
+    assert world.requests(1)[-10:] == ["cut"] * 10
+    world.cost["whole"] = 100  # another program had the machine
+    assert set(world.requests(1, 100)) == {"cut"}
+    world.now += 31
+    assert world.requests(1)[-1] == "whole"
+
+
+def test_a_load_is_judged_by_lighter_and_heavier_ones() -> None:
+    world = World(whole=100)
+    world.requests(4)
+    assert world.chooser.keeps("whole", 16) is False, "400 ms at 4 will not be less at 16"
+    world = World(whole=100)
+    world.requests(3)
+    assert world.chooser.keeps("whole", 1) is True
+    assert world.chooser.keeps("whole", 16) is None
+
+
+def test_the_percentile_is_the_one_asked_for() -> None:
+    for slow, kept in ((1, True), (2, True), (3, False)):
+        chooser = Chooser(["a", "b"], Objective(90, 300), lambda: 0.0)
+        for i in range(20):
+            chooser.done("a", 1, 900 if i < slow else 100)
+        assert chooser.keeps("a", 1) is kept, slow
