@@ -1,28 +1,34 @@
 """The endpoint and the load on it: what can be known without an engine, and one start of Serve with two tiny models."""
 
+import asyncio
 import io
 import json
 import math
 import shlex
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pyarrow.parquet
 import pytest
 import toy
+import uvicorn
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal, work
-from raylp.bench.load import Measurement, Timing
-from raylp.bench.stage import Cell, bench, measure_missing, plan_bench, schedule, summary
-from raylp.bench.stats import mean_of_repeats, percentiles
+from raylp.bench.load import Answering, Load, Measurement, Timing, arrivals, measure
+from raylp.bench.load import Prompt as Asked
+from raylp.bench.stage import LATENCIES, RATES, Cell, bench, measure_missing, plan_bench, ratios, schedule, summary
+from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context, Splits
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt
@@ -88,9 +94,124 @@ def test_mean_of_repeats() -> None:
     assert mean_of_repeats([1.0, 30.0], "x")["low"] == 0.0, "a throughput is not negative"
 
 
+def test_a_ratio_is_that_of_pairs() -> None:
+    drifting = [100.0, 50.0, 25.0, 80.0, 60.0]
+    found = ratio([1.2 * value for value in drifting], drifting, "x")
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((1.2, 1.2, 1.2))
+    assert verdict(found) == "more"
+    noisy = ratio([1.3, 0.9, 1.2, 0.7, 1.0], [1.0] * 5, "x")
+    assert noisy["low"] < 1 < noisy["high"] and verdict(noisy) == "unclear"
+    assert verdict(ratio([0.80, 0.81, 0.79], [1.0] * 3, "x")) == "less"
+
+
+def test_differences_are_found_where_they_are_and_not_where_they_are_not() -> None:
+    """Noise of 3%, five repeats: of 400 pairs without a difference about one in twenty seems to have one."""
+    rng = np.random.default_rng(0)
+
+    def found(slowdown: float) -> int:
+        pairs = (np.exp(rng.normal(0, 0.03, (2, 5))) for _ in range(400))
+        return sum(verdict(ratio(a, slowdown * b, "x")) != "unclear" for a, b in pairs)
+
+    assert 8 <= found(1.0) <= 34
+    assert found(1.1) >= 360
+
+
+def test_a_latency_that_is_less_is_faster() -> None:
+    config = Bench(models=["a", "b"], concurrency=[1], rates=[2], repeats=2, metric="tpot_ms")
+    slow, fast = ([Timing(1, ms, 1, 4)] for ms in (20.0, 10.0))
+    found = {}
+    for load in config.loads:
+        for r in range(2):
+            found[Cell("a", load, r)], found[Cell("b", load, r)] = (Measurement(t, [], 1) for t in (slow, fast))
+    made = ratios(["a", "b"], config, found)["b"]
+    assert {name: (row["value"], row["verdict"]) for name, row in made.items()} == {
+        "c1": (pytest.approx(2.0), "faster"),
+        "r2": (pytest.approx(2.0), "faster"),
+    }
+
+
+# --- the clients, against a server that takes a known time ---
+
+
+CROWD: dict[str, list[int]] = {"one": [], "six": [], "open": []}
+
+
+@pytest.fixture(scope="module")
+def metronome() -> Iterator[str]:
+    """A server that begins to answer after 100 ms and then gives a token each 20 ms, however many ask.
+
+    It takes `model` as the name of a list in `CROWD`, where it notes how many there were at each request.
+    """
+    here = 0
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal here
+        here += 1
+        try:
+            await beat(receive, send)
+        finally:
+            here -= 1
+
+    async def beat(receive: Any, send: Any) -> None:
+        asked = json.loads((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200 if asked["model"] in CROWD else 404, "headers": []})
+        CROWD.get(asked["model"], []).append(here)
+        for i in range(asked["max_tokens"]):
+            await asyncio.sleep(0.02 if i else 0.1)
+            await send(part({"choices": [{"text": "x"}]}))
+        await send(part({"choices": [], "usage": {"completion_tokens": asked["max_tokens"], "prompt_tokens": 3}}))
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    def part(chunk: dict[str, Any]) -> dict[str, Any]:
+        body = f"data: {json.dumps(chunk)}\n\n".encode()
+        return {"type": "http.response.body", "body": body, "more_body": True}
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(answer, port=port, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_clients_measure_what_the_server_takes(metronome: str) -> None:
+    prompts = [Asked((1, 2, 3), 5)] * 6
+    one = measure(metronome, "one", prompts, Load("closed", 1), Answering(5))
+    assert len(one.timings) == 6 and not one.errors
+    for timing in one.timings:
+        assert timing.ttft_ms >= 100
+        assert timing.tpot_ms >= 19
+        assert len(timing.itl_ms) == 4 and timing.input_tokens == 3
+        assert timing.e2e_ms == pytest.approx(timing.ttft_ms + 4 * timing.tpot_ms)
+    assert one.seconds >= 6 * 0.18
+    assert CROWD["one"] == [1] * 6
+    six = measure(metronome, "six", prompts, Load("closed", 6), Answering(5))
+    assert max(CROWD["six"]) == 6
+    assert six.requests_per_s == 6 / six.seconds
+    with pytest.raises(UserError, match=r"answered none of 6 requests to model nobody: .*404"):
+        measure(metronome, "nobody", prompts, Load("closed", 2), Answering(5))
+
+
+def test_an_open_loop_does_not_wait(metronome: str) -> None:
+    """At 50 a second and 180 ms each, some nine are on their way at a time."""
+    prompts = [Asked((1, 2, 3), 5)] * 20
+    times = arrivals(50, 20, 7)
+    assert times[0] == 0 and times == sorted(times) and arrivals(50, 20, 7) == times != arrivals(50, 20, 8)
+    assert times[-1] == pytest.approx(20 / 50, rel=0.6)
+    found = measure(metronome, "open", prompts, Load("open", 50), Answering(5), seed=7)
+    assert found.seconds >= times[-1] + 0.18
+    assert len(found.timings) == 20
+    assert max(CROWD["open"]) >= 4
+
+
 def test_models_take_turns() -> None:
-    cells = schedule(["a", "b"], [1, 8], 2)
-    assert [(cell.model, cell.concurrency) for cell in cells] == [
+    cells = schedule(["a", "b"], [Load("closed", 1), Load("open", 8)], 2)
+    assert [(cell.model, cell.load.value) for cell in cells] == [
         *(("a", 1), ("b", 1), ("a", 8), ("b", 8)),
         *(("b", 1), ("a", 1), ("b", 8), ("a", 8)),
     ]
@@ -99,13 +220,18 @@ def test_models_take_turns() -> None:
 
 def test_summary_has_the_shape_of_the_contract() -> None:
     config = Bench(models=["a"], concurrency=[2], requests=4, repeats=2)
-    timings = [Timing(10.0, 2.0, 72.0, 32), Timing(20.0, 3.0, 113.0, 32)]
-    found = {Cell("a", 2, r): Measurement(timings, [], 0.5).as_dict() for r in range(2)}
+    timings = [Timing(10.0, 2.0, 72.0, 32, (1.0, 3.0), 5), Timing(20.0, 3.0, 113.0, 32, (3.0,), 7)]
+    measurement = Measurement(timings, [], 0.5)
+    assert Measurement.from_dict(json.loads(json.dumps(measurement.as_dict()))) == measurement
+    found = {Cell("a", Load("closed", 2), r): measurement for r in range(2)}
     speed = summary(["a"], config, found)["a"]["c2"]
-    assert set(speed) == {"ttft_ms", "tpot_ms", "e2e_ms", "output_tokens_per_s"}
+    assert set(speed) == {*LATENCIES, *RATES}
     assert speed["ttft_ms"]["p50"]["value"] == 15.0
-    assert speed["output_tokens_per_s"]["value"] == 128.0
+    assert speed["itl_ms"]["p50"]["value"] == 3.0
+    assert [speed[key]["value"] for key in RATES] == [128.0, 24.0, 152.0, 4.0]
     json.dumps(speed)
+    good = config.model_copy(update={"goodput": {"ttft_ms": 15, "e2e_ms": 100}})
+    assert summary(["a"], good, found)["a"]["c2"]["goodput_per_s"]["value"] == 2.0, "one of the two"
 
 
 # --- what pruning can gain at best ---
@@ -295,6 +421,7 @@ def context(
             "bench": {
                 "models": ["baseline", "pruned"],
                 "concurrency": [1, 3],
+                "rates": [20],
                 "requests": 4,
                 "output_tokens": 8,
                 "warmup": 1,
@@ -331,8 +458,8 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
 
         measure_missing(context, plan, url)
         before = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
-        assert len(before) == 2 * 2 * 2
-        lost = Cell("baseline", 3, 1)
+        assert len(before) == 2 * 3 * 2
+        lost = Cell("baseline", Load("closed", 3), 1)
         context.rundir.remove(plan.file(lost))  # as after a kill
         measure_missing(context, plan, url)
         after = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
@@ -347,7 +474,7 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
     assert result["starts"] == 2
     assert result["errors"] == 0
     for name in models:
-        for setting, n in (("c1", 8), ("c3", 12)):
+        for setting, n in (("c1", 8), ("c3", 12), ("r20", 8)):
             speed = result["models"][name][setting]
             assert speed["ttft_ms"]["p50"]["n"] == n
             assert 0 < speed["tpot_ms"]["p50"]["value"] < speed["e2e_ms"]["p50"]["value"]
@@ -355,6 +482,8 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
             assert speed["output_tokens_per_s"]["value"] > 0
     assert result["ideal"][PRUNED]["speedup"]["c1"]["by_bytes"] > 1
     assert result["machine"]["cores"] >= 1
+    assert set(result["ratios"][PRUNED]) == {"c1", "c3", "r20"}
+    assert result["ratios"][PRUNED]["c1"]["over"] == "baseline"
 
 
 def teaches(context: Context, url: str, toy_data: dict[str, Path], run_dir: Path) -> None:

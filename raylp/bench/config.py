@@ -1,32 +1,64 @@
 """The `bench` section of a recipe."""
 
-from pydantic import Field, field_validator
+from typing import Literal
 
+from pydantic import Field, field_validator, model_validator
+
+from raylp.bench.load import Load
 from raylp.config import Section
+
+Metric = Literal["output_tokens_per_s", "requests_per_s", "ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"]
 
 
 class Bench(Section):
-    """Load on the endpoint: for each number in `concurrency`, so many clients that each send request after request.
+    """Load on the endpoint: for each number in `concurrency`, so many clients that each send request after request; for
+    each in `rates`, so many requests a second that come at random moments.
 
     `models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), measured in turn, `repeats`
-    times. A measurement is `requests` requests of `output_tokens` tokens each, or two for each client if that is more;
-    before all, `warmup` go to each model.
+    times. A measurement is `requests` requests, or two for each client if that is more; before all, `warmup` go to
+    each model. `output_tokens`: of every answer; null: as many as the translation has.
+    `metric`: by which models are compared, chosen before measuring; `goodput`: the most ms of `ttft_ms`, `tpot_ms`
+    or `e2e_ms` for a request to count as good.
     """
 
     models: list[str] = Field(["baseline", "healed"], min_length=1)
-    concurrency: list[int] = Field([1, 8], min_length=1)
+    concurrency: list[int] = [1, 8]
+    rates: list[float] = []
     requests: int = Field(8, ge=1)
-    output_tokens: int = Field(32, ge=2)
+    output_tokens: int | None = Field(32, ge=2)
     warmup: int = Field(4, ge=1)
-    repeats: int = Field(3, ge=2)
+    repeats: int = Field(5, ge=2)
+    metric: Metric = "output_tokens_per_s"
+    goodput: dict[Literal["ttft_ms", "tpot_ms", "e2e_ms"], float] = {}
 
-    def num_requests(self, clients: int) -> int:
-        """Requests of one measurement with so many clients; all of them are busy for most of it."""
-        return max(self.requests, 2 * clients)
+    @property
+    def loads(self) -> list[Load]:
+        """All that are measured."""
+        closed = [Load("closed", clients) for clients in self.concurrency]
+        return [*closed, *(Load("open", rate) for rate in self.rates)]
+
+    def num_requests(self, load: Load) -> int:
+        """Requests of one measurement; all clients are busy for most of it."""
+        return max(self.requests, 2 * int(load.value)) if load.kind == "closed" else self.requests
 
     @field_validator("concurrency")
     @classmethod
     def _clients(cls, value: list[int]) -> list[int]:
-        if min(value) < 1 or len(set(value)) < len(value):
+        if min(value, default=1) < 1 or len(set(value)) < len(value):
             raise ValueError("numbers of clients, each at least 1 and none twice")
         return value
+
+    @field_validator("rates")
+    @classmethod
+    def _rates(cls, value: list[float]) -> list[float]:
+        if min(value, default=1) <= 0 or len(set(value)) < len(value):
+            raise ValueError("requests a second, each more than 0 and none twice")
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> "Bench":
+        if not self.loads:
+            raise ValueError("no load: give concurrency or rates")
+        if any(ms <= 0 for ms in self.goodput.values()):
+            raise ValueError("goodput: times in ms, each more than 0")
+        return self

@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raylp import cluster
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
-from raylp.bench.load import Measurement, measure
-from raylp.bench.stats import mean_of_repeats, percentiles
+from raylp.bench.load import SEED, Answering, Load, Measurement, Prompt, measure
+from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
 from raylp.errors import UserError
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT
@@ -38,31 +40,36 @@ _ENGINE_SETTINGS = {
     "max_model_len",
     "tensor_parallel",
 }
-LATENCIES = ("ttft_ms", "tpot_ms", "e2e_ms")
+LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
+RATES = ("output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: which model, how many clients, which repeat."""
+    """One measurement: which model, under what load, which repeat."""
 
     model: str
-    concurrency: int
+    load: Load
     repeat: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.load.name}-r{self.repeat}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: `prompts` as token ids. `places`: the directory each model's measurements are kept in."""
+    """What is measured. `places`: the directory each model's measurements are kept in."""
 
     config: Bench
     models: dict[str, Path]
-    prompts: list[tuple[int, ...]]
+    prompts: list[Prompt]
+    answering: Answering
     cells: list[Cell]
     places: dict[str, str]
 
     def file(self, cell: Cell) -> str:
         """Where the measurement is kept in the run directory."""
-        return f"{self.places[cell.model]}/c{cell.concurrency}-r{cell.repeat}.json"
+        return f"{self.places[cell.model]}/{cell.load.name}-r{cell.repeat}.json"
 
     def missing(self, rundir: RunDir) -> list[Cell]:
         """What is not measured yet, in order."""
@@ -87,22 +94,27 @@ def bench(context: Context) -> dict[str, Any]:
     found = {cell: context.rundir.read_json(plan.file(cell)) for cell in plan.cells}
     (dtype, *others) = {row["dtype"] for row in found.values()}
     assert not others, "places differ by what the data type depends on"
-    length = sum(map(len, plan.prompts)) / len(plan.prompts) + config.output_tokens / 2
-    table = summary(list(models), config, {cell: row["measurement"] for cell, row in found.items()})
+    measured = {cell: Measurement.from_dict(row["measurement"]) for cell, row in found.items()}
+    table = summary(list(models), config, measured)
+    answers = [timing.tokens for measurement in measured.values() for timing in measurement.timings]
+    length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(answers) / len(answers) / 2
     result = {
         "schema": 1,
         "models": table,
+        "ratios": ratios(list(models), config, measured),
+        "metric": config.metric,
         "sizes": {name: sizes(path) for name, path in models.items()},
         "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
+        "goodput_within_ms": config.goodput,
         "machine": {**machine(), "dtype": dtype},
         "versions": versions(ENGINES),
         "requests": config.requests,
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
-        "errors": sum(len(row["measurement"]["errors"]) for row in found.values()),
+        "errors": sum(len(measurement.errors) for measurement in measured.values()),
         # Measurements of several starts of the engines are less alike than those of one.
         "starts": len({row["start"] for row in found.values()}),
-        "load_before": {f"{c.model}-c{c.concurrency}-r{c.repeat}": row["load"] for c, row in found.items()},
+        "load_before": {str(cell): row["load"] for cell, row in found.items()},
     }
     context.rundir.write_json("bench.json", result)
     return {
@@ -121,9 +133,10 @@ def plan_bench(context: Context) -> Plan:
     config = context.recipe.bench or Bench()
     models = choose_models(config.models, context.models(), "bench.models")
     prompts = _prompts(context, config)
-    cells = schedule(list(models), config.concurrency, config.repeats)
+    cells = schedule(list(models), config.loads, config.repeats)
     places = {name: _place(context, name, path, prompts) for name, path in models.items()}
-    return Plan(config, models, prompts, cells, places)
+    answering = Answering(config.output_tokens, ("\n",) if context.prompt.newline else ())
+    return Plan(config, models, prompts, answering, cells, places)
 
 
 def measure_missing(context: Context, plan: Plan, url: str) -> None:
@@ -132,80 +145,131 @@ def measure_missing(context: Context, plan: Plan, url: str) -> None:
 
     config, missing = plan.config, plan.missing(context.rundir)
     models = sorted({cell.model for cell in missing})
+    key = os.environ.get("RAYLP_API_KEY")
     dtype = serve_dtype(context.recipe.serve, context.dtype, ray.cluster_resources().get("GPU", 0))
     start = secrets.token_hex(4)
-    total = sum(config.num_requests(cell.concurrency) for cell in missing) + len(models) * config.warmup
+    total = sum(config.num_requests(cell.load) for cell in missing) + len(models) * config.warmup
+    most = Load("closed", max(config.concurrency, default=1))
     with context.reporter.task("bench", total) as task:
         for model in models:
             hand = [plan.prompts[i % len(plan.prompts)] for i in range(config.warmup)]
             tell = partial(task.advance, 1, f"warming {model} up")
-            measure(url, model, hand, max(config.concurrency), config.output_tokens, tell)
+            measure(url, model, hand, most, plan.answering, tell, key=key)
         for cell in missing:
             load = os.getloadavg()[0]
-            hand = plan.prompts[: config.num_requests(cell.concurrency)]
-            tell = partial(task.advance, 1, f"{cell.model}, {cell.concurrency} at a time")
-            found = measure(url, cell.model, hand, cell.concurrency, config.output_tokens, tell)
+            hand = plan.prompts[: config.num_requests(cell.load)]
+            tell = partial(task.advance, 1, f"{cell.model}, {_told(cell.load)}")
+            # Of one repeat, every model meets the same moments.
+            found = measure(url, cell.model, hand, cell.load, plan.answering, tell, SEED + cell.repeat, key)
             about = {"start": start, "time": time.time(), "load": load, "dtype": dtype}
             row = {**about, "measurement": found.as_dict()}
             context.rundir.write_json(plan.file(cell), row)
 
 
-def schedule(models: Sequence[str], concurrency: Sequence[int], repeats: int) -> list[Cell]:
+def _told(load: Load) -> str:
+    return f"{load.value:g} at a time" if load.kind == "closed" else f"{load.value:g} a second"
+
+
+def schedule(models: Sequence[str], loads: Sequence[Load], repeats: int) -> list[Cell]:
     """The order of measurements: models side by side (A B, then B A), so that a slow drift of the machine hits all."""
     return [
-        Cell(model, clients, repeat)
+        Cell(model, load, repeat)
         for repeat in range(repeats)
-        for clients in concurrency
+        for load in loads
         for model in (models if repeat % 2 == 0 else models[::-1])
     ]
 
 
-def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
-    """{model: {setting: {"ttft_ms", "tpot_ms", "e2e_ms": {"p50", "p90", "p99": S}, "output_tokens_per_s": S}}}."""
+def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, Measurement]) -> dict[str, Any]:
+    """{model: {setting: {latency: {"p50", "p90", "p99": S}, rate: S}}}, for `LATENCIES` and `RATES`.
+
+    With an objective for it, `goodput_per_s` too.
+    """
     table: dict[str, Any] = {}
     for model in models:
-        for clients in config.concurrency:
-            repeats = [Measurement.from_dict(found[Cell(model, clients, r)]) for r in range(config.repeats)]
-            times = f"{config.num_requests(clients)}x{config.repeats}"
-            signature = f"raylp|clients:{clients}|out:{config.output_tokens}|requests:{times}"
-            setting: dict[str, Any] = {
-                key: percentiles([[getattr(t, key) for t in repeat.timings] for repeat in repeats], signature)
-                for key in LATENCIES
-            }
-            setting["output_tokens_per_s"] = mean_of_repeats([r.output_tokens_per_s for r in repeats], signature)
-            table.setdefault(model, {})[f"c{clients}"] = setting
+        for load in config.loads:
+            repeats = [found[Cell(model, load, r)] for r in range(config.repeats)]
+            signature = _signature(config, load)
+            setting: dict[str, Any] = {key: percentiles(_each(repeats, key), signature) for key in LATENCIES}
+            for key in RATES:
+                setting[key] = mean_of_repeats([getattr(r, key) for r in repeats], signature)
+            if config.goodput:
+                good = [repeat.goodput(config.goodput) for repeat in repeats]
+                within = ",".join(f"{key}<={ms:g}" for key, ms in sorted(config.goodput.items()))
+                setting["goodput_per_s"] = mean_of_repeats(good, f"{signature}|within:{within}")
+            table.setdefault(model, {})[load.name] = setting
     return table
 
 
-def _prompts(context: Context, config: Bench) -> list[tuple[int, ...]]:
+def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measurement]) -> dict[str, Any]:
+    """How many times as fast as the first model each other is, by `bench.metric`: {model: {setting: S and "verdict"}}.
+
+    Of each repeat, the medians of a latency are compared, or the rates; the two were measured one after the other.
+    """
+    first, *others = models
+    slower_is_more = config.metric in LATENCIES
+    table: dict[str, Any] = {}
+    for model in others:
+        for load in config.loads:
+            was, now = (
+                [_figure(found[Cell(name, load, r)], config.metric) for r in range(config.repeats)]
+                for name in (first, model)
+            )
+            above, below = (was, now) if slower_is_more else (now, was)
+            made = ratio(above, below, f"{_signature(config, load)}|{config.metric}")
+            said = {"more": "faster", "less": "slower", "unclear": "unclear"}[verdict(made)]
+            table.setdefault(model, {})[load.name] = {**made, "over": first, "verdict": said}
+    return table
+
+
+def _figure(measurement: Measurement, metric: str) -> float:
+    if metric in LATENCIES:
+        return float(np.median(np.concatenate([np.atleast_1d(getattr(t, metric)) for t in measurement.timings])))
+    return float(getattr(measurement, metric))
+
+
+def _each(repeats: Sequence[Measurement], key: str) -> list[list[float]]:
+    """The values of a latency in each repeat: one a request, or, of `itl_ms`, one for each part of an answer."""
+    values = [[np.atleast_1d(getattr(timing, key)).tolist() for timing in repeat.timings] for repeat in repeats]
+    return [[value for request in repeat for value in request] for repeat in values]
+
+
+def _signature(config: Bench, load: Load) -> str:
+    what = f"clients:{load.value:g}" if load.kind == "closed" else f"rate:{load.value:g}"
+    length = config.output_tokens or "natural"
+    return f"raylp|{what}|out:{length}|requests:{config.num_requests(load)}x{config.repeats}"
+
+
+def _prompts(context: Context, config: Bench) -> list[Prompt]:
     """Prompts of as many test sentences as a measurement needs, of each test set in turn; those the engine takes."""
     tokenizer = load_tokenizer(context.baseline)
     sets = list(context.splits.test.values())
     longest = max(map(len, sets), default=0)
     mixed = [examples[i] for i in range(longest) for examples in sets if i < len(examples)]
-    room = engine_length(context.recipe.serve, context.baseline) - config.output_tokens
-    wanted = max(map(config.num_requests, config.concurrency))
-    fitting: list[tuple[int, ...]] = []
+    room = engine_length(context.recipe.serve, context.baseline)
+    wanted = max(map(config.num_requests, config.loads))
+    fitting: list[Prompt] = []
     for example in mixed:
-        tokens = tuple(context.prompt.prompt_tokens(tokenizer, example.source, example.pair))
-        if len(tokens) <= room:
-            fitting.append(tokens)
+        (request,) = context.prompt.requests(tokenizer, [(example.source, example.pair)])
+        most = config.output_tokens or request.max_new_tokens
+        if len(request.tokens) + most <= room:
+            fitting.append(Prompt(request.tokens, most))
         if len(fitting) == wanted:
             break
     if not fitting:
         raise UserError(
-            f"bench: no test sentence fits into the {room + config.output_tokens} tokens of an engine "
+            f"bench: no test sentence fits into the {room} tokens of an engine "
             f"(serve.max_model_len, or the model's own limit) with bench.output_tokens: {config.output_tokens}"
         )
     return [fitting[i % len(fitting)] for i in range(wanted)]
 
 
-def _place(context: Context, name: str, path: Path, prompts: Sequence[Sequence[int]]) -> str:
+def _place(context: Context, name: str, path: Path, prompts: Sequence[Prompt]) -> str:
     """The directory of a model's measurements: other weights, load, engine setting or machine is another directory."""
     config, served = context.recipe.bench or Bench(), context.recipe.serve
     what = {
         "model": fingerprint(path),
-        "prompt": prompts[0],
+        "prompt": prompts[0].tokens,
         "load": config.model_dump(include={"requests", "output_tokens"}),
         "serve": served.model_dump(include=_ENGINE_SETTINGS),
         "dtype": context.dtype,

@@ -1,5 +1,6 @@
 """Percentiles of latencies and means of throughputs, with 95% intervals. No engine is needed here."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +43,7 @@ def mean_of_repeats(values: Sequence[float], signature: str) -> dict[str, Any]:
     """The mean of one value a repeat, with Student's t interval; `n` is the number of repeats, two at least."""
     n = len(values)
     mean = float(np.mean(values))
-    t = _T[n - 2] if n - 2 < len(_T) else 1.96
-    half = t * float(np.std(values, ddof=1)) / n**0.5
+    half = _t(n - 1) * float(np.std(values, ddof=1)) / n**0.5
     return {"value": mean, "low": max(0.0, mean - half), "high": mean + half, "n": n, "signature": f"{signature}|t"}
 
 
@@ -55,3 +55,27 @@ def _resamples(pooled: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     chosen = rng.integers(len(sizes), size=(RESAMPLES, len(sizes), 1))
     within = (rng.random((RESAMPLES, len(sizes), sizes.max())) * sizes[chosen]).astype(int)
     return pooled[starts[chosen] + within].reshape(RESAMPLES, -1)
+
+
+def ratio(above: Sequence[float], below: Sequence[float], signature: str) -> dict[str, Any]:
+    """How many times `above` is `below`, in pairs measured side by side: the geometric mean, with Student's t interval.
+
+    One value a repeat in each, in the same order; two repeats at least. A drift of the machine that both of a pair meet
+    falls out.
+    """
+    logs = np.log(np.asarray(above, dtype=float)) - np.log(np.asarray(below, dtype=float))
+    n = logs.size
+    half = _t(n - 1) * float(np.std(logs, ddof=1)) / n**0.5
+    middle = float(np.mean(logs))
+    low, value, high = (math.exp(end) for end in (middle - half, middle, middle + half))
+    return {"value": value, "low": low, "high": high, "n": n, "signature": f"{signature}|paired-log-t"}
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """`more`, `less` or `unclear`: whether the interval of a ratio lies on one side of 1."""
+    return "more" if found["low"] > 1 else "less" if found["high"] < 1 else "unclear"
+
+
+def _t(freedom: int) -> float:
+    """Student's t, 97.5%."""
+    return _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.37 / freedom + 2.8 / freedom**2

@@ -142,7 +142,9 @@ def layers(indices: Any, joiner: str = ", ") -> str:
 
 
 def setting(name: str) -> str:
-    """`c1` is `1 request at a time`."""
+    """`c1` is `1 request at a time`, `r2.5` is `2.5 requests a second`."""
+    if name[:1] == "r" and name[1:].replace(".", "", 1).isdigit():
+        return "1 request a second" if name == "r1" else f"{name[1:]} requests a second"
     at_once = concurrency(name)
     if at_once is None:
         return name
