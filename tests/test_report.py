@@ -490,6 +490,21 @@ def test_speed_of_the_bench_is_shown_before_anything_is_scored(tmp_path: Path) -
     assert "the healed model decodes 1.12× as fast as the baseline" in headline(rundir)
 
 
+def test_what_the_benchmark_concludes_is_said_with_its_interval(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    assert "Times as fast" not in tables(rundir)
+    bench = rundir.read_json("bench.json")
+    clear = {"value": 1.31, "low": 1.22, "high": 1.4, "n": 5, "signature": "x", "over": "baseline", "verdict": "faster"}
+    unclear = {**clear, "value": 1.02, "low": 0.9, "verdict": "unclear"}
+    bench |= {"metric": "tpot_ms", "ratios": {"healed-15": {"c1": clear, "r2.5": unclear}}}
+    rundir.write_json("bench.json", bench)
+    text = " ".join(tables(rundir).split())
+    assert "Times as fast, by time per output token" in text
+    assert "healed-15 over baseline 1 request at a time 1.31× (1.22× to 1.40×) faster" in text
+    assert "2.5 requests a second 1.02× (0.90× to 1.40×) unclear, for the noise" in text
+    assert "and decodes 1.31× as fast" in headline(rundir), "the pairs' ratio"
+
+
 def test_speed_is_held_against_another_unpruned_model_where_the_baseline_was_not_measured(tmp_path: Path) -> None:
     rundir = write_run(tmp_path / "run")
     bench, content = rundir.read_json("bench.json"), rundir.read_json("results.json")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, Stat
+from raylp.report.contents import Contents, Model, Stat, read_stat
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,19 @@ def find_gains(contents: Contents) -> list[Gain]:
                 now = model.measure(setting, measure)
                 if model.name == reference.name or was is None or now is None or min(was.value, now.value) <= 0:
                     continue
-                ratio = _ratio(now, was) if measure == "output_tokens_per_s" else _ratio(was, now)
+                ratio = paired_ratio(contents, model.name, reference.name, setting, measure) or (
+                    _ratio(now, was) if measure == "output_tokens_per_s" else _ratio(was, now)
+                )
                 gains.append(Gain(model.name, reference.name, setting, measure, ratio, was, now))
     return gains
+
+
+def paired_ratio(contents: Contents, model: str, reference: str, setting: str, measure: str) -> Stat | None:
+    """How many times as fast, from repeats measured side by side, where the benchmark compared these two by this."""
+    if contents.bench.get("metric") != measure:
+        return None
+    found = _dig(contents.bench, "ratios", model, setting)
+    return read_stat(found) if isinstance(found, dict) and found.get("over") == reference else None
 
 
 def _ratio(above: Stat, below: Stat) -> Stat:

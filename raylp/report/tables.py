@@ -6,13 +6,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, read_contents
-from raylp.report.facts import find_facts
+from raylp.report.contents import Contents, Model, read_contents, read_stat
+from raylp.report.facts import SPEED_MEASURES, find_facts
 from raylp.report.search_words import objective_digits, objective_label, search_lines
 from raylp.rundir import RunDir
 
 # As many columns of scores as fit beside name, layers, parameters and size in 80 characters.
 MAX_SCORE_COLUMNS = 2
+# What a benchmark may conclude by.
+METRICS = {**SPEED_MEASURES, "itl_ms": "time between tokens", "requests_per_s": "requests per second"}
 
 
 def print_tables(rundir: RunDir, console: Console) -> None:
@@ -28,7 +30,7 @@ def print_tables(rundir: RunDir, console: Console) -> None:
         objective = objective_label(contents.objective)
         for line in search_lines(contents.plan, objective, objective_digits(contents.objective, contents.plan)):
             console.print(line, markup=False, highlight=False)
-    for table in (*model_tables(contents), speed_table(contents), *comparison_tables(contents)):
+    for table in (*model_tables(contents), speed_table(contents), ratio_table(contents), *comparison_tables(contents)):
         if table.row_count:
             console.print()
             console.print(table)
@@ -82,6 +84,25 @@ def speed_table(contents: Contents) -> Table:
         for model in contents.models:
             if setting in model.speed:
                 table.add_row(escape(model.name), escape(numbers.setting(setting)), *_speeds(model, setting))
+    return table
+
+
+def ratio_table(contents: Contents) -> Table:
+    """What the benchmark concludes, by the one metric it was told to conclude by."""
+    metric = METRICS.get(str(contents.bench.get("metric")), "speed")
+    table = _table(f"Times as fast, by {metric}, repeat by repeat, with 95% intervals")
+    table.add_column("model", no_wrap=True)
+    table.add_column("load")
+    table.add_column("ratio", justify="right", no_wrap=True)
+    table.add_column("so it is", no_wrap=True)
+    for model, settings in (contents.bench.get("ratios") or {}).items():
+        for setting, found in settings.items():
+            stat = read_stat(found)
+            if stat is not None:
+                ratio = f"{numbers.times(stat.value)} ({numbers.times(stat.low)} to {numbers.times(stat.high)})"
+                said = found["verdict"] if found["verdict"] != "unclear" else "unclear, for the noise"
+                over = f"{escape(model)} over {escape(found['over'])}"
+                table.add_row(over, escape(numbers.setting(setting)), ratio, said)
     return table
 
 
