@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -502,6 +503,11 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
         measure_missing(context, plan, served)
         after = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
         assert [cell for cell in after if after[cell] != before[cell]] == [lost]
+        pool = ThreadPoolExecutor()
+        last = [pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60) for _ in range(4)]
+        while "raylp_requests_at_work 4.0" not in httpx.get(f"{url}/metrics", timeout=30).text:
+            assert not all(future.done() for future in last), "the answers are too quick to be waited for"
+    assert [future.result().status_code for future in last] == [200] * 4, "what is at work is finished"
     assert notes and all("starting" in note for note in notes)
     assert free_port("127.0.0.1", port) == port, "a second start can take the same port"
     assert "Initializing a V1 LLM engine" in (context.rundir.logs() / "serve-baseline.log").read_text()
@@ -582,6 +588,9 @@ def translates(url: str, context: Context) -> None:
     assert "access-control-allow-origin" not in page.headers, "no other page may ask"
 
 
+LONG = {"model": "baseline", "prompt": "a", "max_tokens": 100, "min_tokens": 100, "ignore_eos": True}
+
+
 def refuses(url: str) -> None:
     """What a client does wrong is said to it, and the endpoint goes on."""
     for body, status, said in (
@@ -589,21 +598,26 @@ def refuses(url: str) -> None:
         (b'{"sentences": "one"}', 400, "sentences: "),
         (b'{"sentences": [], "pears": "xx-yy"}', 400, "pears"),
         (b'{"sentences": ["a"], "pair": "de-en", "model": "auto"}', 400, "one of xx-yy"),
-        (b'{"sentences": ["a"], "model": "nobody"}', 404, "nobody"),
-        (b'{"sentences": ["a"]}', 400, "Model parameter is required"),
+        (b'{"sentences": ["a"], "model": "nobody"}', 404, f"one of baseline, {PRUNED}, auto"),
+        (b'{"sentences": ["a"], "model": "baseline:x"}', 404, "no such model"),
+        (b'{"sentences": ["a"]}', 400, "which model?"),
+        (b'{"sentences": ["a", "\\ud800"], "model": "auto"}', 400, "sentence 1 holds half a character"),
         (json.dumps({"sentences": ["a"] * 21, "model": "auto"}).encode(), 413, "20 at a time"),
         (b"x" * (2**20 + 1), 413, "1048576 bytes"),
     ):
         answer = httpx.post(f"{url}/translate", content=body, headers={"content-type": "application/json"}, timeout=60)
         assert answer.status_code == status, (body[:80], answer.text)
         assert said in answer.json()["error"]["message"], answer.text
-    with httpx.stream(
-        "POST",
-        f"{url}/v1/completions",
-        json={"model": "baseline", "prompt": "a", "max_tokens": 100, "min_tokens": 100, "stream": True},
-        timeout=60,
-    ) as stream:
+    many = {"model": "baseline", "prompt": ["a"] * 7, "n": 3, "max_tokens": 2}
+    assert httpx.post(f"{url}/v1/completions", json=many, timeout=60).status_code == 413, "21 answers"
+    nowhere = httpx.get(f"{url}/nowhere", timeout=60)
+    assert nowhere.status_code == 404 and nowhere.json()["error"]["code"] == 404
+    with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as stream:
         next(stream.iter_lines())  # and leave
+    deadline = time.monotonic() + 30
+    while "raylp_requests_at_work 0.0" not in httpx.get(f"{url}/metrics", timeout=30).text:
+        assert time.monotonic() < deadline, "what nobody waits for any more goes on"
+        time.sleep(0.2)
     empty = httpx.post(f"{url}/translate", json={"sentences": [], "model": "auto"}, timeout=60)
     assert empty.json()["translations"] == []
 
@@ -636,7 +650,7 @@ def test_the_file_for_a_cluster_builds_the_same_endpoint(context: Context, tmp_p
 
     keys = tmp_path / "keys"
     keys.write_text("secret\n")
-    served = context.recipe.serve.model_copy(update={"api_keys": str(keys)})
+    served = context.recipe.serve.model_copy(update={"api_keys": str(keys), "port": 8000})
     recipe = context.recipe.model_copy(update={"serve": served})
     text = deploy_file(replace(context, recipe=recipe))
     assert "secret" not in text
@@ -647,6 +661,11 @@ def test_the_file_for_a_cluster_builds_the_same_endpoint(context: Context, tmp_p
         PRUNED,
     ]
     assert build(application.args) is not None
+    with pytest.raises(UserError, match=r"serve.port: 0 means any free port"):
+        deploy_file(context)
+    spread = served.model_copy(update={"tensor_parallel": 2})
+    with pytest.raises(UserError, match=r"tensor_parallel: 2 GPUs for each of 2 engines, there are 0"):
+        deploy_file(replace(context, recipe=recipe.model_copy(update={"serve": spread})))
     keys.write_text("# none\n")
     with pytest.raises(UserError, match=r"keys has no key: write one a line"):
         deploy_file(replace(context, recipe=recipe))

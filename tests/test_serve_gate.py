@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -10,8 +11,8 @@ import pytest
 from prometheus_client import generate_latest
 
 from raylp.errors import UserError
-from raylp.serve.gate import Gate, Traffic, read_keys
-from raylp.serve.slo import Chooser, Objective, read_objective
+from raylp.serve.gate import Gate, TooManyError, Traffic, read_keys
+from raylp.serve.slo import Chooser, Objective, one_for_each_depth, read_objective
 
 KEY = hashlib.sha256(b"secret").hexdigest()
 
@@ -123,6 +124,43 @@ def test_an_app_that_fails_is_no_longer_at_work() -> None:
     assert gate.traffic.at_work == 0
 
 
+def test_an_app_that_fails_counts_as_a_failure_of_the_endpoint() -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError
+
+    gate = gate_to(fails)
+    with pytest.raises(RuntimeError):
+        ask(gate, ("POST", "/translate", {}))
+    assert 'path="/translate",status="500"} 1.0' in generate_latest(gate.traffic.registry).decode()
+
+
+def test_a_request_that_holds_several_weighs_as_much() -> None:
+    traffic = Traffic()
+    traffic.at_work = 1
+    with traffic.more(99, 10):  # alone, whatever it holds
+        assert traffic.at_work == 100
+        traffic.at_work += 1
+        with (
+            pytest.raises(TooManyError, match="101 requests are at work, and this one holds 3: 10 are the most"),
+            traffic.more(2, 10),
+        ):
+            pytest.fail("no room")
+        traffic.at_work -= 1
+    assert traffic.at_work == 1
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slowly() -> Any:
+        yield b"x"
+        await asyncio.sleep(5)
+        yield b"x"
+
+    monkeypatch.setattr("raylp.serve.gate.BODY_S", 0.05)
+    gate = gate_to(echo)
+    (late,) = ask(gate, ("POST", "/translate", {"content": slowly()}))
+    assert late.status_code == 408 and gate.traffic.at_work == 0
+
+
 def test_keys_are_read_by_line() -> None:
     assert read_keys("# mine\nsecret\n\n  secret \n") == [KEY, KEY]
     assert json.dumps(read_keys("secret")).find("secret") == -1
@@ -194,6 +232,40 @@ def test_a_load_is_judged_by_lighter_and_heavier_ones() -> None:
     world.requests(3)
     assert world.chooser.keeps("whole", 1) is True
     assert world.chooser.keeps("whole", 16) is None
+
+
+def test_a_request_that_is_given_up_counts_where_it_was_late() -> None:
+    now = 0.0
+    chooser = Chooser(["slow", "quick"], Objective(90, 300), lambda: now)
+
+    def given_up_after(seconds: float) -> None:
+        nonlocal now
+        with suppress(asyncio.CancelledError), chooser.timing(chooser.choose(1), 1):
+            now += seconds
+            raise asyncio.CancelledError
+
+    for _ in range(10):
+        given_up_after(0.1)
+    assert chooser.keeps("slow", 1) is None, "it might have been in time"
+    for _ in range(5):
+        given_up_after(1.0)
+    assert chooser.choose(1) == "quick"
+
+
+def test_what_is_unknown_is_tried_by_a_few_at_a_time() -> None:
+    chooser = Chooser(["slow", "quick"], Objective(90, 300), lambda: 0.0)
+    with ExitStack() as stack:
+        chosen = []
+        for _ in range(20):
+            chosen.append(chooser.choose(1))
+            stack.enter_context(chooser.timing(chosen[-1], 1))
+    assert chosen == ["slow"] * 5 + ["quick"] * 15
+
+
+def test_one_model_of_each_depth_is_chosen_from() -> None:
+    layers = {"baseline": 18, "original": 18, "pruned-16": 16, "healed-16": 16, "baseline-healed": 18, "merged-14": 14}
+    layers |= {"pruned-14": 14, "pruned-12": 12}
+    assert one_for_each_depth(layers) == ["baseline-healed", "healed-16", "merged-14", "pruned-12"]
 
 
 def test_the_percentile_is_the_one_asked_for() -> None:

@@ -51,9 +51,9 @@ def translate(
     generator: Generator | None = None
     for first, batch in _batches(lines, batch_size):
         fitted = [
-            (place, _fit_line(tokenizer, prompt, line.strip(), pair, room, first + place))
+            (place, _fit_line(tokenizer, prompt, line, pair, room, first + place))
             for place, line in enumerate(batch)
-            if line.strip()
+            if line
         ]
         if fitted and generator is None:
             generator = _generator(model_path, backend, dtype, prompt.newline, batch_size, room)
@@ -140,11 +140,16 @@ def _request(tokenizer: Any, prompt: Prompt, source: str, pair: str) -> Request:
     return request
 
 
+def one_line(text: str) -> str:
+    """The text without blanks around it; a line break inside it, of any kind, becomes a blank."""
+    return " ".join(text.splitlines()).strip()
+
+
 def _batches(lines: Iterable[str], size: int) -> Iterator[tuple[int, list[str]]]:
-    """(number of the first line, from 1; lines). A line break inside a line, of any kind, becomes a blank."""
+    """(number of the first line, from 1; lines), each by `one_line`."""
     taken = iter(lines)
     for start in itertools.count(1, size):
-        batch = [" ".join(line.splitlines()) for line in itertools.islice(taken, size)]
+        batch = [one_line(line) for line in itertools.islice(taken, size)]
         if not batch:
             return
         yield start, batch

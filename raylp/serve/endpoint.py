@@ -127,7 +127,7 @@ def endpoint(
     import ray
 
     engines = len(models) * config.replicas
-    gpus = gpu_share(config.gpus, engines, ray.cluster_resources().get("GPU", 0))
+    gpus = engine_gpus(config, engines, ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(config, context.dtype, gpus)
     what = f"serving {', '.join(models)} ({engines} engines)" if engines > 1 else f"serving {next(iter(models))}"
     cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus * config.tensor_parallel)
@@ -141,6 +141,7 @@ def endpoint(
         )
         check_memory(what, sum(weights), caches, processes, psutil.virtual_memory().available)
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
+    _clear_leftovers()
     url = f"http://{config.host}:{port}"
     try:
         _deploy(context, models, dtype, gpus, logs, port)
@@ -194,7 +195,7 @@ def serve_args(
                     },
                     "max_ongoing_requests": 2 * config.target_ongoing_requests,
                     "max_constructor_retry_count": 1,
-                    "graceful_shutdown_timeout_s": 5,
+                    "graceful_shutdown_timeout_s": config.drain_s,
                     "graceful_shutdown_wait_loop_s": 0.2,
                     "health_check_timeout_s": 60,
                     "ray_actor_options": {"num_cpus": config.cpus},
@@ -211,6 +212,8 @@ def serve_args(
         "llm_configs": configs,
         "ingress": {
             "num_replicas": 1,
+            "graceful_shutdown_timeout_s": config.drain_s,
+            "graceful_shutdown_wait_loop_s": 0.2,
             # The gate before it says when there are too many; here nothing may wait unseen.
             "max_ongoing_requests": 2 * config.max_waiting,
             "ray_actor_options": {"num_cpus": INGRESS_CPUS},
@@ -227,6 +230,7 @@ def serve_args(
             "slo": config.slo,
             "keys": config.api_keys is not None,
             "max_sentences": config.max_sentences,
+            "max_waiting": config.max_waiting,
             "max_model_len": min(engine_length(config, path) for path in models.values()),
         },
     }
@@ -264,7 +268,9 @@ def deploy_file(context: Context) -> str:
     config = context.recipe.serve
     models = choose_models(config.models, context.models(), "serve.models")
     engines = len(models) * config.replicas
-    gpus = gpu_share(config.gpus, engines, cluster.num_gpus())
+    if config.port == 0:
+        raise UserError("serve.port: 0 means any free port, which a file for a cluster cannot say: choose one")
+    gpus = engine_gpus(config, engines, cluster.num_gpus())
     content = {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
@@ -277,7 +283,28 @@ def deploy_file(context: Context) -> str:
             }
         ],
     }
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    seen = f"{gpus:g} GPUs for each, as for the {cluster.num_gpus()} of this machine" if gpus else "no GPU, as here"
+    notes = (
+        f"# {engines} engines, {seen}; for another cluster: --set serve.gpus=1\n"
+        f"# It listens on {config.host}; behind a Kubernetes service: --set serve.host=0.0.0.0, and serve.api_keys.\n"
+        f"# Every node needs raylp, and the models under the same paths.\n"
+    )
+    return notes + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def engine_gpus(config: Serve, engines: int, total: float) -> float:
+    """GPUs of each worker of an engine; `total`: of the cluster.
+
+    Raises:
+        UserError: weights are to be spread over GPUs that are not there, or over parts of them.
+    """
+    share = gpu_share(config.gpus, engines * config.tensor_parallel, total)
+    if config.tensor_parallel > 1 and (share < 1 or share % 1):
+        raise UserError(
+            f"serve.tensor_parallel: {config.tensor_parallel} GPUs for each of {engines} engines, there are "
+            f"{total:g}: serve fewer models, or set it to 1"
+        )
+    return share
 
 
 def serve_dtype(config: Serve, run_dtype: str, gpus: float) -> str:
@@ -365,7 +392,6 @@ def _deploy(
     from ray import serve
     from ray.serve import RunTarget
 
-    _clear_leftovers()
     for log in logs.values():
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
@@ -443,10 +469,13 @@ def _drain(most_s: float) -> None:
 
     deadline = time.monotonic() + most_s
     try:
-        if serve.status().applications[APP].status != "RUNNING":
-            return
         handle = serve.get_app_handle(APP)
-        while handle.drain.remote().result(timeout_s=5) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            try:
+                if handle.drain.remote().result(timeout_s=5) == 0:
+                    return
+            except TimeoutError:  # it is busy
+                continue
             time.sleep(0.2)
     except Exception as error:  # whatever keeps it from draining, it is shut down next
         logging.getLogger(__name__).debug("not drained: %s", error)

@@ -1,10 +1,12 @@
 """What stands before the endpoint: keys, limits, and the count of what passes. Pure ASGI; no engine is needed."""
 
+import asyncio
 import hashlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,6 +22,7 @@ OPEN = frozenset({"/", "/health", "/metrics"})
 KNOWN = (*OPEN, "/translate", "/v1/chat/completions", "/v1/completions", "/v1/models")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 RETRY_AFTER_S = 1
+BODY_S = 30.0  # in which a request must have come whole
 
 
 class Traffic:
@@ -41,6 +44,27 @@ class Traffic:
         )
         gauge = Gauge("raylp_requests_at_work", "Requests let through and not yet answered", registry=self.registry)
         gauge.set_function(lambda: self.at_work)
+
+    @contextmanager
+    def more(self, count: int, most: int) -> Iterator[None]:
+        """A request that is let in holds `count` more while the block runs: sentences, prompts, samples.
+
+        Raises:
+            TooManyError: there would be more than `most`, and others are at work; one alone is let through.
+        """
+        if self.at_work > 1 and self.at_work + count > most:
+            raise TooManyError(
+                f"{self.at_work} requests are at work, and this one holds {count + 1}: {most} are the most"
+            )
+        self.at_work += count
+        try:
+            yield
+        finally:
+            self.at_work -= count
+
+
+class TooManyError(Exception):
+    """More at work than may be."""
 
 
 TRAFFIC = Traffic()  # of the endpoint of this process: the framework makes the gate, others ask about it
@@ -84,6 +108,9 @@ class Gate:
 
         try:
             await self._pass(scope, receive, noting)
+        except Exception:
+            status = 500  # what the server says then
+            raise
         finally:
             self.traffic.requests.labels(path, str(status)).inc()
             self.traffic.seconds.labels(path).observe(time.perf_counter() - started)
@@ -108,7 +135,11 @@ class Gate:
             return
         traffic.at_work += 1
         try:
-            body = await self._whole(headers, receive)
+            try:
+                body = await asyncio.wait_for(self._whole(headers, receive), BODY_S)
+            except TimeoutError:
+                await refuse(send, 408, f"the request did not come within {BODY_S:g} s", "request_timeout")
+                return
             if body is None:
                 said = f"the request is longer than {self.max_body_bytes} bytes: send less at a time"
                 await refuse(send, 413, said, "request_too_large")
@@ -129,12 +160,14 @@ class Gate:
         if said.isdigit() and int(said) > self.max_body_bytes:
             return None
         parts: list[bytes] = []
+        length = 0
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return message
             parts.append(message.get("body", b""))
-            if sum(map(len, parts)) > self.max_body_bytes:
+            length += len(parts[-1])
+            if length > self.max_body_bytes:
                 return None
             if not message.get("more_body"):
                 return {"type": "http.request", "body": b"".join(parts), "more_body": False}

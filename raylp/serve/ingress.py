@@ -7,31 +7,33 @@ serves imports this.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from functools import cached_property
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fastapi import HTTPException, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict
-from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+from pydantic import BaseModel, ConfigDict, field_validator
+from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, OpenAIHTTPException
 from ray.llm._internal.serve.utils.server_utils import get_response_for_error
 from ray.serve.llm.ingress import OpenAiIngress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from starlette.exceptions import HTTPException
 
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.generate.base import Request as Wanted
 from raylp.generate.base import StopRule, stop_rule, to_output
-from raylp.generate.translate import fit
+from raylp.generate.translate import Fitted, fit, one_line
 from raylp.models.load import load_tokenizer, read_config, read_generation_config
 from raylp.names import kind_of
-from raylp.serve.gate import TRAFFIC
-from raylp.serve.slo import AUTO, Chooser, read_objective
+from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, TooManyError
+from raylp.serve.slo import AUTO, Chooser, one_for_each_depth, read_objective
 
+HEALTH_S = 1.0
 MODEL_HEADER = "x-raylp-model"
 PAGE = Path(__file__).parent / "page.html"
 ROUTES: dict[str, Callable[[Any], Callable[..., Any]]] = {
@@ -57,10 +59,18 @@ class Sentences(BaseModel):
     pair: str | None = None
     model: str | None = None
 
+    @field_validator("sentences")
+    @classmethod
+    def _text(cls, value: list[str]) -> list[str]:
+        for place, sentence in enumerate(value):
+            if any("\ud800" <= character <= "\udfff" for character in sentence):
+                raise ValueError(f"sentence {place} holds half a character (a lone surrogate)")
+        return value
+
 
 class RunIngress(OpenAiIngress):
-    """`run`: `prompt`, `pairs`, `models` ({name: {"path", "layers"}}), `slo` or None, `max_sentences`, `max_model_len`,
-    `keys`: whether one must be sent.
+    """`run`: `prompt`, `pairs`, `models` ({name: {"path", "layers"}}), `slo` or None, `max_sentences`, `max_waiting`,
+    `max_model_len`, `keys`: whether one must be sent.
 
     The rest as Ray's own.
     """
@@ -69,25 +79,17 @@ class RunIngress(OpenAiIngress):
         super().__init__(llm_deployments, model_cards)
         self.run = run
         self.prompt = Prompt.model_validate(run["prompt"])
+        models: dict[str, dict[str, Any]] = run["models"]
         self.chooser: Chooser | None = None
         if run["slo"]:
-            models: dict[str, dict[str, Any]] = run["models"]
-            deepest_first = sorted(models, key=lambda name: -models[name]["layers"])
+            deepest_first = one_for_each_depth({name: model["layers"] for name, model in models.items()})
             self.chooser = Chooser(deepest_first, read_objective(run["slo"]))
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The models of a run share it: they are cut from one."""
-        return load_tokenizer(self._path)
-
-    @cached_property
-    def rule(self) -> StopRule:
-        configs = [read_config(self._path).get_text_config(decoder=True), read_generation_config(self._path)]
-        return stop_rule(self.tokenizer, configs, self.prompt.newline)
-
-    @property
-    def _path(self) -> Path:
-        return Path(next(iter(self.run["models"].values()))["path"])
+        # The models of a run share both: they are cut from one.
+        path = Path(next(iter(models.values()))["path"])
+        self.tokenizer = load_tokenizer(path)
+        configs = [read_config(path).get_text_config(decoder=True), read_generation_config(path)]
+        self.rule: StopRule = stop_rule(self.tokenizer, configs, self.prompt.newline)
+        self._health: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """OpenAI's completions, of a model of the run or of `auto`."""
@@ -99,35 +101,39 @@ class RunIngress(OpenAiIngress):
 
     async def translate(self, body: Sentences, request: Request) -> Response:
         """One translation for each sentence, in order, by the run's prompt; a blank one for a blank one."""
-        if len(body.sentences) > self.run["max_sentences"]:
-            said = f"{len(body.sentences)} sentences, {self.run['max_sentences']} at a time are the most"
-            raise HTTPException(413, said)
+        self._few(len(body.sentences), "sentences")
         pair = self._pair(body.pair)
         load = TRAFFIC.at_work
-        model = await self._get_model_id(self._choose(body.model, load))
+        model = self._model(body.model, load)
         started = time.perf_counter()
-        room = self.run["max_model_len"]
-        try:
-            fitted = [fit(self.tokenizer, self.prompt, " ".join(s.split()), pair, room) for s in body.sentences]
-        except UserError as error:
-            raise HTTPException(400, str(error)) from error
-        wanted = [(place, one.request) for place, one in enumerate(fitted) if body.sentences[place].strip()]
-        made = await asyncio.gather(*(self._answer(model, one) for _, one in wanted))
-        texts = [""] * len(body.sentences)
-        for (place, _), text in zip(wanted, made, strict=True):
+        lines = [one_line(sentence) for sentence in body.sentences]
+        asked = [place for place, line in enumerate(lines) if line]
+        with ExitStack() as stack:
+            if self.chooser is not None and len(asked) == 1:  # several together say nothing of how long one takes
+                stack.enter_context(self.chooser.timing(model, load))
+            stack.enter_context(TRAFFIC.more(max(0, len(asked) - 1), self.run["max_waiting"]))
+            fitted = await asyncio.to_thread(self._fit, [lines[place] for place in asked], pair)
+            made = await all_or_none([self._answer(model, one.request) for one in fitted])
+        texts = [""] * len(lines)
+        for place, text in zip(asked, made, strict=True):
             texts[place] = text
-        ms = (time.perf_counter() - started) * 1000
-        if self.chooser is not None:
-            self.chooser.done(model, load, ms)
-        cut = [place for place, one in enumerate(fitted) if one.cut]
-        answer = {"model": model, "pair": pair, "translations": texts, "cut": cut, "ms": round(ms, 1)}
+        cut = [place for place, one in zip(asked, fitted, strict=True) if one.cut]
+        ms = round((time.perf_counter() - started) * 1000, 1)
+        answer = {"model": model, "pair": pair, "translations": texts, "cut": cut, "ms": ms}
         return JSONResponse(answer, headers={MODEL_HEADER: model})
+
+    async def model(self, model_id: str) -> ModelCard | None:
+        """What is known of a model; `auto` is one where there is an objective to choose by."""
+        if model_id == AUTO and self.chooser is not None:
+            first = next(iter(self._model_cards.values()))
+            return first.model_copy(update={"id": AUTO, "metadata": {"slo": self.run["slo"]}})
+        return await super().model(model_id)
 
     async def models(self) -> Any:
         """What may be asked for: the models, and `auto` where there is an objective to choose by."""
         found = await super().models()
         if self.chooser is not None:
-            found.data.append(found.data[0].model_copy(update={"id": AUTO, "metadata": {"slo": self.run["slo"]}}))
+            found.data.append(await self.model(AUTO))
         return found
 
     async def page(self) -> HTMLResponse:
@@ -139,21 +145,21 @@ class RunIngress(OpenAiIngress):
             "shown": side_by_side(list(self.run["models"])),
             "keys": self.run["keys"],
         }
-        # In a script, `</` would end it.
-        text = json.dumps(known).replace("</", "<\\/")
+        text = json.dumps(known).replace("<", "\\u003c")  # so that nothing in it can end the script
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{ known }}", text))
 
     async def health(self) -> JSONResponse:
-        """200 when every model answers, 503 with the state of each when not."""
+        """200 when every model answers, 503 with the state of each when not; looked up once a second at most."""
         from ray import serve
 
-        status = await asyncio.to_thread(serve.status)
-        found = next((a for a in status.applications.values() if a.status == "RUNNING"), None)
-        ready = found is not None and not TRAFFIC.draining
-        states = {
-            name: str(state.status.value) for a in status.applications.values() for name, state in a.deployments.items()
-        }
-        content = {"status": "ok" if ready else "draining" if TRAFFIC.draining else "not ready", "deployments": states}
+        if time.monotonic() - self._health[0] > HEALTH_S:
+            name = serve.get_replica_context().app_name
+            found = (await asyncio.to_thread(serve.status)).applications[name]
+            states = {name: str(state.status.value) for name, state in found.deployments.items()}
+            self._health = time.monotonic(), {"status": str(found.status.value), "deployments": states}
+        content = dict(self._health[1])
+        ready = content["status"] == "RUNNING" and not TRAFFIC.draining
+        content["status"] = "ok" if ready else "draining" if TRAFFIC.draining else content["status"].lower()
         return JSONResponse(content, 200 if ready else 503)
 
     async def metrics(self) -> PlainTextResponse:
@@ -173,29 +179,53 @@ class RunIngress(OpenAiIngress):
             raise HTTPException(400, f"pair: one of {', '.join(pairs)}, as the run was made for; not {wanted}")
         return str(wanted)
 
-    def _choose(self, wanted: str | None, load: int) -> str | None:
-        return self.chooser.choose(load) if wanted == AUTO and self.chooser is not None else wanted
+    def _model(self, wanted: str | None, load: int) -> str:
+        """The model that answers.
+
+        Raises:
+            HTTPException: none of that name is served, or none is named where there are several.
+        """
+        names = list(self.run["models"])
+        if wanted == AUTO and self.chooser is not None:
+            return self.chooser.choose(load)
+        if wanted is None and len(names) == 1:
+            return str(names[0])
+        if wanted not in names:
+            said = "which model?" if wanted is None else "no such model is served:"
+            auto = [AUTO] if self.chooser is not None else []
+            raise HTTPException(400 if wanted is None else 404, f"model: {said} one of {', '.join([*names, *auto])}")
+        return str(wanted)
+
+    def _few(self, count: int, what: str) -> None:
+        most = self.run["max_sentences"]
+        if count > most:
+            raise HTTPException(413, f"{count} {what}, {most} at a time are the most")
+
+    def _fit(self, lines: Sequence[str], pair: str) -> list[Fitted]:
+        try:
+            return [fit(self.tokenizer, self.prompt, line, pair, self.run["max_model_len"]) for line in lines]
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
 
     async def _timed(
         self, answer: Callable[[Any, Request], Awaitable[Response]], body: Any, request: Request
     ) -> Response:
         """The answer of a model, which `auto` is replaced by; its time is told to the one who chooses."""
         load = TRAFFIC.at_work
-        body.model = self._choose(body.model, load)
-        started = time.perf_counter()
-
-        def done() -> None:
-            if self.chooser is not None and body.model is not None:
-                self.chooser.done(body.model, load, (time.perf_counter() - started) * 1000)
-
-        response = await answer(body, request)
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = _then(response.body_iterator, done)
-        else:
-            done()
-        if body.model is not None:
+        prompts = getattr(body, "prompt", None)
+        several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+        count = (len(prompts) if several and prompts is not None else 1) * (body.n or 1)
+        self._few(count, "answers")
+        body.model = self._model(body.model, load)
+        with ExitStack() as stack:
+            stack.enter_context(TRAFFIC.more(count - 1, self.run["max_waiting"]))
+            if self.chooser is not None and count == 1:
+                stack.enter_context(self.chooser.timing(body.model, load))
+            response = await answer(body, request)
             response.headers[MODEL_HEADER] = body.model
-        return response
+            if isinstance(response, StreamingResponse):
+                response.body_iterator = _through(response.body_iterator, stack.pop_all())
+            return response
 
     async def _answer(self, model: str, wanted: Wanted) -> str:
         body = CompletionRequest(
@@ -223,10 +253,21 @@ def side_by_side(names: list[str]) -> list[str]:
     return [first, kinds.get("healed") or kinds.get("pruned") or others[-1]]
 
 
-async def _then(parts: AsyncIterable[Any], done: Callable[[], None]) -> AsyncIterator[Any]:
-    async for part in parts:
-        yield part
-    done()
+async def _through(parts: AsyncIterable[Any], stack: ExitStack) -> AsyncIterator[Any]:
+    """`parts`, and the stack is left with the last of them, or with what ended them."""
+    with stack:
+        async for part in parts:
+            yield part
+
+
+async def all_or_none(tasks: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
+    """What each gives; when one fails, the others are given up."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(task) for task in tasks]
+    except* Exception as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in running]
 
 
 async def tell_error(request: Request, error: Exception) -> JSONResponse:
@@ -238,6 +279,8 @@ async def tell_error(request: Request, error: Exception) -> JSONResponse:
         status, said = 400, f"{where}: {first.get('msg', 'not understood')}" if where else str(first.get("msg"))
     elif isinstance(error, HTTPException):
         status, said = error.status_code, str(error.detail)
+    elif isinstance(error, TooManyError):
+        status, said = 429, f"{error}; come again in {RETRY_AFTER_S} s"
     elif isinstance(error, OpenAIHTTPException):
         status, said, kind = error.status_code, error.message, error.type
     else:
@@ -245,4 +288,5 @@ async def tell_error(request: Request, error: Exception) -> JSONResponse:
         status, said, kind = int(found.code), found.message, found.type
         if status >= 500:
             said = "the endpoint failed at this request; its log says why"
-    return JSONResponse({"error": {"message": said, "type": kind, "code": status}}, status)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 429 else None
+    return JSONResponse({"error": {"message": said, "type": kind, "code": status}}, status, headers)

@@ -7,11 +7,13 @@ and forgotten after a while, so that a model is tried again when the load has fa
 import math
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raylp.errors import UserError
+from raylp.names import REPAIRED, kind_of
 
 AUTO = "auto"  # the name that requests ask for
 KEEP_S = 30.0
@@ -46,7 +48,8 @@ class Chooser:
     """`models`: from the most layers to the fewest. `clock`: in seconds.
 
     A load is a number of requests at work; loads within a factor of two are alike. What is not known of a model at a
-    load follows from what is: with fewer at work it is no slower. What then is still unknown is tried.
+    load follows from what is: with fewer at work it is no slower. What then is still unknown is tried by a few requests
+    at a time, while the others go to the next model.
     """
 
     def __init__(
@@ -63,10 +66,37 @@ class Chooser:
         self.keep_s = keep_s
         self.least = least
         self._seen: dict[str, dict[int, deque[tuple[float, float]]]] = {model: {} for model in models}
+        self._under_way: Counter[tuple[str, int]] = Counter()
 
     def choose(self, load: int) -> str:
-        """The first of the models that keeps the objective at this load, or may; the last where none does."""
-        return next((model for model in self.models if self.keeps(model, load) is not False), self.models[-1])
+        """The first of the models that keeps the objective at this load, or may and is not tried enough already.
+
+        The last where there is none.
+        """
+        for model in self.models:
+            keeps = self.keeps(model, load)
+            if keeps or (keeps is None and self._under_way[model, _like(load)] < self.least):
+                return model
+        return self.models[-1]
+
+    @contextmanager
+    def timing(self, model: str, load: int) -> Iterator[None]:
+        """A request to `model`, let in when `load` were at work, lasts as long as the block.
+
+        One that is given up tells nothing, unless it had taken too long by then.
+        """
+        place = (model, _like(load))
+        started = self.clock()
+        self._under_way[place] += 1
+        given_up = True
+        try:
+            yield
+            given_up = False
+        finally:
+            self._under_way[place] -= 1
+            ms = (self.clock() - started) * 1000
+            if not given_up or ms > self.objective.ms:
+                self.done(model, load, ms)
 
     def done(self, model: str, load: int, ms: float) -> None:
         """A request to `model`, let in when `load` were at work, took `ms`."""
@@ -99,3 +129,17 @@ class Chooser:
 def _like(load: int) -> int:
     """Loads of 1, 2 to 3, 4 to 7 and so on are alike."""
     return max(1, load).bit_length()
+
+
+def one_for_each_depth(layers: Mapping[str, int]) -> list[str]:
+    """The one to choose at each depth, the most layers first: a healed one before one as it was cut."""
+    best = ("healed", "baseline-healed", "baseline", *REPAIRED.values(), "pruned", "original")
+
+    def place(name: str) -> tuple[int, int]:
+        kind = kind_of(name)
+        return -layers[name], best.index(kind) if kind in best else len(best)
+
+    chosen: dict[int, str] = {}
+    for name in sorted(layers, key=place):
+        chosen.setdefault(layers[name], name)
+    return list(chosen.values())
