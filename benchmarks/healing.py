@@ -70,6 +70,7 @@ def main() -> None:
 
 def cut(source: Path, target: Path, max_words: int) -> Path:
     """The files of the splits in `target`, made once."""
+    target = target.with_name(f"{target.name}-{max_words}")
     if not target.exists():
         lines = {split: (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines() for split in SPLITS}
         pages = [
@@ -78,11 +79,13 @@ def cut(source: Path, target: Path, max_words: int) -> Path:
         ends = itertools.accumulate(len(page) for page in pages)
         end = next(end for end in ends if end >= len(lines["dev"]) * 2 / 3)
         lines |= {"search": lines["dev"][:end], "dev": lines["dev"][end:]}
-        target.mkdir(parents=True)
+        partial = target.with_name(f".{target.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
         for split, kept in lines.items():
             if split != "test":
                 kept = [line for line in kept if len(json.loads(line)["source"].split()) <= max_words]
-            (target / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            (partial / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.rename(target)
     return target
 
 

@@ -190,6 +190,7 @@ def translate(
     pair: Annotated[str, typer.Option(help="Language pair, such as cs-de.")],
     backend: Annotated[str, typer.Option(help="transformers, vllm, or auto: vllm on a GPU.")] = "transformers",
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences at a time; 1 answers line by line.")] = 16,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Take bytes that are no UTF-8 for unknown signs.")] = False,
 ) -> None:
     """One line in, one line out.
 
@@ -201,7 +202,7 @@ def translate(
         raise UserError(f"--backend {backend!r}: transformers, vllm or auto")
     if sys.stdin.isatty():
         print("reading sentences from the keyboard, one a line; Ctrl-D ends", file=sys.stderr)
-    translate_lines(model, pair, _stdin_lines(), sys.stdout, backend=backend, batch_size=batch_size)
+    translate_lines(model, pair, _stdin_lines(lenient), sys.stdout, backend=backend, batch_size=batch_size)
 
 
 @app.command()
@@ -443,13 +444,17 @@ def _require_run(run_dir: str) -> None:
         raise UserError(f"{run_dir} is not a run directory (it has no recipe.yaml): raylp run RECIPE makes one")
 
 
-def _stdin_lines() -> Any:
-    """Lines of standard input as they come; what is not UTF-8 is refused with its number."""
+def _stdin_lines(lenient: bool) -> Any:
+    """Lines of standard input as they come; what is not UTF-8 is refused with its number, or replaced and told."""
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
             yield raw.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise UserError(f"standard input, line {number}: not UTF-8 ({error.reason})") from error
+            said = f"standard input, line {number}: not UTF-8 ({error.reason})"
+            if not lenient:
+                raise UserError(said) from error
+            print(said, file=sys.stderr)
+            yield raw.decode("utf-8", errors="replace").rstrip("\r\n")
 
 
 if __name__ == "__main__":

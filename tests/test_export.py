@@ -14,11 +14,13 @@ import toy
 import yaml
 from conftest import toy_recipe
 from packaging.requirements import Requirement
+from test_report import write_run
 from typer.testing import CliRunner
 
 from raylp.cli import app
+from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.export.card import first_base
+from raylp.export.card import facts_of, line_of, model_card
 from raylp.export.export import choose, export
 from raylp.export.wmt26 import NEEDED, portable_recipe, spellings
 from raylp.generate.translate import translate
@@ -90,7 +92,8 @@ def test_the_card_says_what_the_run_recorded(finished: RunDir, carded: Path) -> 
     matter = yaml.safe_load(text.split("---\n")[1])
     assert matter["language"] == ["xx", "yy"]
     assert "base_model" not in matter  # a directory of this machine is no id of a hub
-    assert f"counted from 0 in the model it was cut from: {', '.join(map(str, REMOVED))}." in text
+    assert f"counted from 0 in {toy.toy_model().name}: {', '.join(map(str, REMOVED))}." in text
+    assert "They were given, not searched for." in text and "baseline-healed" not in text
     models = {model["name"]: model for model in finished.read_json("results.json")["models"]}
     score = models[MODEL]["scores"]["xx-yy"]["chrF2++"]["value"]
     row = next(line for line in text.splitlines() if line.startswith("| **this** |"))
@@ -135,6 +138,9 @@ def test_a_line_out_for_every_line_in(submission: Path, python: Path, tmp_path: 
     ]
     given, made = tmp_path / "in.txt", tmp_path / "out.txt"
     given.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with given.open("ab") as stream:
+        stream.write(b"gana \xff pamo\n")
+    lines.append("gana \N{REPLACEMENT CHARACTER} pamo")
     done = run(
         submission, python, "--lang-pair", "xx-yy", "--batch-size", "4", "--input", str(given), "--output", str(made)
     )
@@ -145,7 +151,9 @@ def test_a_line_out_for_every_line_in(submission: Path, python: Path, tmp_path: 
     assert len(found) == len(lines)
     assert [bool(line) for line in found[:4]] == [True, False, False, True]
     assert "line 5" in done.stderr  # was cut
-    short = run(submission, python, "xx-yy", "4", stdin=given.read_text(encoding="utf-8"))
+    assert "line 10: not UTF-8" in done.stderr
+    assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
+    short = run(submission, python, "xx-yy", "4", stdin=given.read_text(encoding="utf-8", errors="replace"))
     assert short.stdout.split("\n")[:-1] == found
 
 
@@ -195,9 +203,86 @@ def is_installed(name: str) -> bool:
 def test_the_recipe_of_a_submission_is_whole_and_names_no_place_of_this_machine(finished: RunDir) -> None:
     text = portable_recipe(finished.read_text("recipe.yaml"))
     content = yaml.safe_load(text)
-    assert content["data"]["xx-yy"]["test"] == "data/xx-yy/test.jsonl"
+    assert content["data"]["xx-yy"]["test"] == "data/xx-yy/test/test.jsonl"
     assert content["run_dir"] == "run"
     assert parse_recipe(content, "portable").search is not None
+
+
+def told(rundir: RunDir, name: str, **card: object) -> tuple[str, dict]:
+    """The card of a model of a written run, and its front matter."""
+    file = Path(rundir.url) / "models" / name / CARD
+    file.parent.mkdir(parents=True, exist_ok=True)
+    prompt = Prompt(examples={"en-de": [('a "b" {c}', "d\n")]}).model_dump(mode="json")
+    file.write_text(json.dumps({"base_model": "owner/base", "removed": [5, 9, 3], "prompt": prompt, **card}))
+    text = model_card(facts_of(rundir, name))
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "card", "exec")
+    return text, yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_card_of_a_healed_model_tells_how_it_was_made_and_how_good_it_is(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    text, matter = told(rundir, "healed-15")
+    assert matter["base_model"] == "owner/base"
+    assert "Removed, in this order, counted from 0 in owner/base: 5, 9, 3." in text
+    assert "Trained on parallel text and translations of" in text
+    assert "`baseline-healed`: the same, trained as a healed model is" in text
+    assert "- healed-15 less baseline-healed, en-de chrF2++: " in text
+    assert "| **this** | 1 request at a time | " in text
+    pruned, _ = told(rundir, "pruned-15", repair={"method": "merge"})
+    assert "Trained on" not in pruned and "(LaCo)" in pruned
+
+
+def test_the_card_names_a_middle_model_by_itself(tmp_path: Path) -> None:
+    """What was removed is counted in the model it was cut from, which lacks layers of its own."""
+    rundir = write_run(tmp_path / "run")
+    middle = tmp_path / "somewhere" / "healed-17"
+    middle.mkdir(parents=True)
+    (middle / CARD).write_text(json.dumps({"base_model": "owner/base", "removed": [4]}))
+    text, _ = told(rundir, "healed-15", base_model=str(middle))
+    assert "counted from 0 in healed-17: 5, 9, 3." in text
+    assert "| cut from | healed-17, itself without its layers 4 |" in text
+    assert "| which is of | owner/base |" in text
+    assert str(tmp_path) not in text
+    (middle / CARD).write_text(json.dumps({"base_model": "owner/base", "removed": []}))
+    text, _ = told(rundir, "healed-15", base_model=str(middle))
+    assert "counted from 0 in owner/base" in text and "Trained on the pair before layers were removed." in text
+
+
+def test_front_matter_is_yaml_whatever_the_run_is_about(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run", test_set="en-no")
+    content = yaml.safe_load(rundir.read_text("recipe.yaml"))
+    content["data"] = {"en-no": {"test": "x"}}
+    rundir.write_text("recipe.yaml", yaml.safe_dump(content))
+    manifest = rundir.read_json("manifest.json")
+    for licence, said in (("apache-2.0", "apache-2.0"), ("Terms: of 'use', \"here\"", "other"), ("", "other")):
+        manifest["model"] = {**manifest["model"], "licence": licence}
+        rundir.write_json("manifest.json", manifest)
+        _, matter = told(rundir, "healed-15", prompt=Prompt(chat=True).model_dump(mode="json"))
+        assert matter["language"] == ["en", "no"]
+        assert matter["license"] == said
+        assert matter.get("license_name", "") == ("" if said != "other" else licence)
+
+
+def test_no_place_of_this_machine_is_in_a_portable_recipe() -> None:
+    here = "/home/someone/secret"
+    recipe = {
+        "model": {"name": f"{here}/adapted"},
+        "data": {"a:en-de": {"train": [f"{here}/train/t.en", f"{here}/train/t.de"], "mono": f"{here}/mono.txt"}},
+        "search": {"layers": 3, "objective": {f"{here}/comet": 1.0}},
+        "distill": {"teacher": f"{here}/teacher", "filters": {"comet": f"{here}/kiwi"}},
+        "evaluate": {"metrics": [f"{here}/comet"]},
+        "serve": {"api_keys": f"{here}/keys"},
+        "resources": {"address": "ray://10.0.0.7:10001"},
+        "cache": f"{here}/cache",
+        "run_dir": f"{here}/run",
+    }
+    text = portable_recipe(yaml.safe_dump(recipe))
+    assert "someone" not in text and "10.0.0.7" not in text
+    content = yaml.safe_load(text)
+    assert content["model"]["name"] == "base"
+    assert content["data"]["a:en-de"]["train"] == ["data/a-en-de/train/t.en", "data/a-en-de/train/t.de"]
+    assert content["distill"]["teacher"] == "teacher"
 
 
 def test_pairs_have_the_tasks_spellings() -> None:
@@ -206,6 +291,8 @@ def test_pairs_have_the_tasks_spellings() -> None:
     assert found["eng-zho_Hans"] == found["en-zh"] == "en-zh"
     assert found["eng-ara_EG"] == found["en-ar"] == found["en-ar_EG"] == "en-arz"
     assert spellings(("eng-ara_EG",))["en-arz"] == "eng-ara_EG"
+    with pytest.raises(UserError, match="en-ar and en-arz of the run may both be written"):
+        spellings(("en-ar", "en-arz"))
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(finished: RunDir, tmp_path: Path) -> None:
@@ -230,8 +317,8 @@ def test_a_base_is_followed_to_its_beginning(carded: Path, tmp_path: Path) -> No
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / CARD).write_text(json.dumps({"base_model": "owner/name"}))
-    assert first_base(str(cut)) == "owner/name"
-    assert first_base("owner/name") == "owner/name"
+    assert [model.name for model in line_of(str(cut))] == [str(cut), "owner/name"]
+    assert [model.name for model in line_of("owner/name")] == ["owner/name"]
 
 
 def test_the_verb_says_where_it_wrote_what(finished: RunDir, tmp_path: Path) -> None:

@@ -11,25 +11,45 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from raylp.data.languages import language_name, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import read_card
+from raylp.models.source import licence
 from raylp.report import numbers
 from raylp.report.contents import Contents, Model, read_contents
-from raylp.report.search_words import objective_label
+from raylp.report.search_words import (
+    floor_sentences,
+    healed_sentences,
+    objective_digits,
+    objective_label,
+    strategy_sentence,
+)
 from raylp.rundir import RunDir
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Of the models beside which the exported one is shown.
+REPAIRS = {
+    "compensate": "Mended without training: later layers scaled to the smaller stream (Prune&Comp).",
+    "merge": "Mended without training: the removed layers' differences added to a neighbour (LaCo).",
+    "concatenate": "Mended without training: the removed layers' most important channels put into a neighbour (CoMe).",
+}
+# The models beside which the exported one is shown.
 BESIDE = ("original", "baseline", "baseline-healed")
 
 
 @dataclass(frozen=True)
+class Ancestor:
+    """A model that another was cut from. `removed`: layers it lacks itself, in the numbers of its own base."""
+
+    name: str
+    removed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """Of one model of a run. `base`: where the first model of its line came from, a hub id, a package or a directory.
+    """Of one model of a run. `line`: what it was cut from, and that from, to the first model, which is no raylp's.
 
     `card`: its raylp.json; `pairs`: language pairs it was made for.
     """
 
     name: str
-    base: str
+    line: tuple[Ancestor, ...]
     card: dict[str, Any]
     contents: Contents
     pairs: tuple[str, ...]
@@ -43,18 +63,31 @@ class ModelFacts:
         return self.contents.model(self.name) or Model(self.name)
 
     @property
-    def base_name(self) -> str:
-        return shareable(self.base)
+    def removed(self) -> list[int]:
+        """Layers that it lacks, in order, in the numbers of `cut_from`."""
+        return [int(layer) for layer in self.card.get("removed") or []]
+
+    @property
+    def base(self) -> str:
+        """The first model: a hub id, a package, or a directory."""
+        return self.line[-1].name
+
+    @property
+    def cut_from(self) -> str:
+        """The model that `removed` counts the layers of, fit for others to read."""
+        return shareable(self.line[0].name if any(model.removed for model in self.line) else self.base)
 
     @property
     def adapted(self) -> bool:
         """Whether what was cut had been trained before."""
-        return self.contents.adapted_first or self.base != self.card.get("base_model")
+        return self.contents.adapted_first or len(self.line) > 1
 
     @property
     def licence(self) -> str:
-        found = self.contents.manifest.get("model") or {}
-        return str(found.get("licence") or "")
+        """Of the first model, as far as the run or the model's directory states it."""
+        found = str((self.contents.manifest.get("model") or {}).get("licence") or "")
+        here = Path(self.base)
+        return found or (licence(here) or "" if (here / "config.json").exists() else "")
 
 
 def facts_of(rundir: RunDir, name: str) -> ModelFacts:
@@ -69,21 +102,58 @@ def facts_of(rundir: RunDir, name: str) -> ModelFacts:
     pairs = dict.fromkeys(
         str((corpus or {}).get("pair") or source.rpartition(":")[2]) for source, corpus in data.items()
     )
-    return ModelFacts(name, first_base(str(card.get("base_model") or "")), card, contents, tuple(pairs))
+    return ModelFacts(name, line_of(str(card.get("base_model") or "")), card, contents, tuple(pairs))
 
 
-def shareable(model: str) -> str:
-    """A model's name fit for others to read: of a path of this machine, its last part."""
-    return Path(model).name if model.startswith(("/", ".", "~")) or model.count("/") > 1 else model
+def line_of(name: str) -> tuple[Ancestor, ...]:
+    """The model called `name` and what it was made from in turn, as long as raylp's checkpoints are there to say so."""
+    line: list[Ancestor] = []
+    while name not in [model.name for model in line]:
+        card = read_card(Path(name)) if Path(name).is_dir() else None
+        line.append(Ancestor(name, tuple((card or {}).get("removed") or ())))
+        name = str((card or {}).get("base_model") or name)
+    return tuple(line)
 
 
-def first_base(name: str) -> str:
-    """The model at the beginning of a line of raylp's checkpoints: the base of the base, as long as it is there."""
-    seen = set()
-    while name not in seen and Path(name).is_dir() and (card := read_card(Path(name))):
-        seen.add(name)
-        name = str(card.get("base_model") or name)
-    return name
+def shareable(name: str) -> str:
+    """A name fit for others to read: of a path of this machine, its last part."""
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or ("/" in name and Path(name).exists())
+    return Path(name).name if is_path else name
+
+
+def choice_sentences(facts: ModelFacts) -> list[str]:
+    """How the layers were chosen, as far as the plan says."""
+    plan = facts.contents.plan
+    if plan is None or not facts.removed:
+        return []
+    if not plan.searched:
+        return ["They were given, not searched for."]
+    objective = objective_label(facts.contents.objective)
+    digits = objective_digits(facts.contents.objective, plan)
+    sentences = f" on {plan.sentences} sentences" if plan.sentences else ""
+    said = [f"Searched round by round by {objective}{sentences}." if plan.strategy != "oneshot" else ""]
+    said += [strategy_sentence(plan), *floor_sentences(plan, digits), *healed_sentences(plan, objective, digits)]
+    return [sentence for sentence in said if sentence]
+
+
+def training_sentences(facts: ModelFacts) -> list[str]:
+    """What was done to the weights that were left."""
+    repaired = (facts.card.get("repair") or {}).get("method")
+    said = [REPAIRS[repaired]] if repaired in REPAIRS else []
+    heal = facts.contents.recipe.get("heal") or {}
+    kind = facts.model.kind
+    if not heal or kind not in ("healed", "baseline-healed", "adapted"):
+        return said
+    distill = facts.contents.recipe.get("distill") or {}
+    teacher = "the unpruned model" if distill.get("teacher", "base") == "base" else shareable(distill["teacher"])
+    data = "authentic" if kind == "adapted" else heal.get("data", "both")
+    words = {"authentic": "parallel text", "teacher": f"translations of {teacher}"}
+    on = words.get(data) or f"{words['authentic']} and {words['teacher']}"
+    epochs = heal.get("epochs", 1)
+    how = f"{heal.get('method', 'lora')}, {epochs} {'epoch' if epochs == 1 else 'epochs'}"
+    if heal.get("every") is not None and kind != "adapted":
+        return [*said, f"Trained on {on} after every {heal['every']} layers ({how} each time)."]
+    return [*said, f"Trained on {on} ({how})."]
 
 
 def model_card(facts: ModelFacts) -> str:
@@ -96,24 +166,25 @@ def model_card(facts: ModelFacts) -> str:
         autoescape=False,
     )
     contents = facts.contents
-    plan = contents.plan
     shown = [*(contents.model(name) for name in BESIDE if name != facts.name), facts.model]
-    models = [model for model in shown if model is not None]
     pair = facts.pairs[0]
+    known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", facts.licence)
     return environment.get_template("card.md.jinja").render(
         facts=facts,
         numbers=numbers,
-        plan=plan,
-        removed=[int(layer) for layer in facts.card.get("removed") or []],
-        objective=objective_label(contents.objective),
-        hub_id=facts.base_name if _HUB_ID.fullmatch(facts.base_name) else None,
+        num_layers=contents.plan.num_layers if contents.plan else None,
+        chosen=choice_sentences(facts),
+        trained=training_sentences(facts),
+        hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not Path(facts.base).exists() else None,
+        ancestors=[(shareable(model.name), list(model.removed)) for model in facts.line],
+        licence_id=facts.licence if known else "other",
+        licence_name=None if known else facts.licence or None,
         languages=sorted({code.partition("_")[0] for pair in facts.pairs for code in split_pair(pair)}),
         names=[" to ".join(map(language_name, split_pair(pair))) for pair in facts.pairs],
-        models=models,
+        models=[model for model in shown if model is not None],
         places=[(t, m) for t in contents.test_sets for m in contents.metrics if facts.model.score(t, m)],
         settings=[setting for setting in contents.settings if setting in facts.model.speed],
         differences=[c for c in contents.comparisons if facts.name in (c.a, c.b) and {c.a, c.b} & set(BESIDE)],
-        heal=contents.recipe.get("heal") or {},
         data=contents.manifest.get("data") or {},
         versions=contents.manifest.get("versions") or {},
         machine=contents.manifest.get("machine") or {},

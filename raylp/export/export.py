@@ -34,6 +34,7 @@ def export(
         raise UserError(f"--format {form!r}: one of {', '.join(FORMATS)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to {target}: something is there already; name a directory that is not, or remove it")
+    target = target.absolute()
     name = choose(rundir, model)
     facts = facts_of(rundir, name)
     partial = target.with_name(f".{target.name}.partial")
@@ -44,7 +45,7 @@ def export(
         tell(f"copying {name}")
         copy_checkpoint(rundir.local(f"models/{name}"), checkpoint)
         # The base is named as others know it, not by where it lay on this machine.
-        write_card(checkpoint, {**facts.card, "base_model": facts.base_name})
+        write_card(checkpoint, {**facts.card, "base_model": facts.cut_from})
         for notice in find_notices(facts.base):
             shutil.copyfile(notice, checkpoint / notice.name)
         (checkpoint / "README.md").write_text(model_card(facts), encoding="utf-8")

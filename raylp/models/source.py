@@ -98,7 +98,17 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+        "README.md",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ]
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except RepositoryNotFoundError as error:
@@ -188,5 +198,17 @@ def find_notices(name: str) -> list[Path]:
             return []
         found = [Path(str(file.locate())) for file in files]
     else:
-        found = list(Path(name).iterdir()) if Path(name).is_dir() else []
+        place = Path(name) if Path(name).is_dir() else _fetched(name)
+        found = list(place.iterdir()) if place else []
     return sorted(file for file in found if _NOTICE.search(file.name) and file.is_file())
+
+
+def _fetched(name: str) -> Path | None:
+    """The directory of a hub model that was fetched before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
