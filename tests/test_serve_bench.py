@@ -32,7 +32,18 @@ from raylp.bench.ideal import ideal, work
 from raylp.bench.load import Answering, Load, Measurement, Timing, arrivals, measure
 from raylp.bench.load import Prompt as Asked
 from raylp.bench.meters import EnergyMeter, memory_by_mark
-from raylp.bench.stage import LATENCIES, RATES, Cell, bench, measure_missing, plan_bench, ratios, schedule, summary
+from raylp.bench.stage import (
+    LATENCIES,
+    RATES,
+    Cell,
+    bench,
+    measure_batches,
+    measure_missing,
+    plan_bench,
+    ratios,
+    schedule,
+    summary,
+)
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context, Splits
 from raylp.data.corpus import read_pairs
@@ -531,6 +542,32 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
     assert result["ready_s"]["baseline"] > 1
     assert set(result["ratios"][PRUNED]) == {"c1", "c3", "r20"}
     assert result["ratios"][PRUNED]["c1"]["over"] == "baseline"
+
+
+@pytest.mark.slow
+def test_batches_are_measured_without_an_endpoint(context: Context, tmp_path: Path) -> None:
+    section = {"models": ["baseline", "pruned"], "concurrency": [], "batches": [1, 8], "backends": ["transformers"]}
+    config = Bench.model_validate({**section, "requests": 12, "repeats": 2, "metric": "tpot_ms"})
+    quick = replace(context, recipe=context.recipe.model_copy(update={"bench": config}))
+    bench(quick)
+    result = context.rundir.read_json("bench.json")
+    for name in ("baseline", PRUNED):
+        for setting, sentences in (("transformers-b1", 12), ("transformers-b8", 16)):
+            speed = result["models"][name][setting]
+            assert set(speed) == set(RATES)
+            per_s = speed["output_tokens_per_s"]["value"] / speed["requests_per_s"]["value"]
+            assert 4 < per_s < 12, "a toy sentence has so many tokens"
+            place = plan_bench(quick).places[name]
+            row = context.rundir.read_json(f"{place}/{setting}-r0.json")
+            assert row["measurement"]["counts"]["requests"] == sentences
+    made = result["ratios"][PRUNED]["transformers-b8"]
+    assert (
+        made["signature"].startswith("raylp|transformers-batch:8|out:natural")
+        and "output_tokens_per_s" in made["signature"]
+    )
+    before = {cell: context.rundir.read_text(plan_bench(quick).file(cell)) for cell in plan_bench(quick).cells}
+    measure_batches(quick, plan_bench(quick))
+    assert before == {cell: context.rundir.read_text(plan_bench(quick).file(cell)) for cell in before}, "once is enough"
 
 
 def teaches(context: Context, url: str, toy_data: dict[str, Path], run_dir: Path) -> None:

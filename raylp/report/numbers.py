@@ -145,6 +145,9 @@ def setting(name: str) -> str:
     """`c1` is `1 request at a time`, `r2.5` is `2.5 requests a second`."""
     if name[:1] == "r" and name[1:].replace(".", "", 1).isdigit():
         return "1 request a second" if name == "r1" else f"{name[1:]} requests a second"
+    backend, _, size = name.rpartition("-b")
+    if backend and size.isdigit():
+        return f"{size} at once, {backend}"
     at_once = concurrency(name)
     if at_once is None:
         return name
