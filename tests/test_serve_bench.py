@@ -204,10 +204,16 @@ def metronome() -> Iterator[str]:
         asked = json.loads((await receive())["body"])
         await send({"type": "http.response.start", "status": 200 if asked["model"] in CROWD else 404, "headers": []})
         CROWD.get(asked["model"], []).append(here)
+        usage = {"completion_tokens": asked["max_tokens"], "prompt_tokens": 3}
+        if not asked.get("stream"):
+            await asyncio.sleep(0.1)
+            whole = json.dumps({"choices": [{"text": "x" * asked["max_tokens"]}], "usage": usage}).encode()
+            await send({"type": "http.response.body", "body": whole})
+            return
         for i in range(asked["max_tokens"]):
             await asyncio.sleep(0.02 if i else 0.1)
             await send(part({"choices": [{"text": "x"}]}))
-        await send(part({"choices": [], "usage": {"completion_tokens": asked["max_tokens"], "prompt_tokens": 3}}))
+        await send(part({"choices": [], "usage": usage}))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     def part(chunk: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +244,9 @@ def test_clients_measure_what_the_server_takes(metronome: str) -> None:
         assert timing.e2e_ms == pytest.approx(timing.ttft_ms + 4 * timing.tpot_ms)
     assert one.seconds >= 6 * 0.18
     assert CROWD["one"] == [1] * 6
+    whole = measure(metronome, "one", prompts, Load("closed", 1), Answering(5, stream=False))
+    assert [(t.tokens, t.input_tokens, t.itl_ms) for t in whole.timings] == [(5, 3, ())] * 6
+    assert all(t.ttft_ms == t.e2e_ms >= 100 for t in whole.timings)
     six = measure(metronome, "six", prompts, Load("closed", 6), Answering(5))
     assert max(CROWD["six"]) == 6
     assert six.requests_per_s == 6 / six.seconds

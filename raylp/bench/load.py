@@ -53,11 +53,13 @@ class Prompt:
 @dataclass(frozen=True)
 class Answering:
     """How answers end. `exactly`: after that many tokens, so that no model is quicker for saying less; None: at `stop`
-    or the end of text, as a translation does, within the prompt's own bound.
+    or the end of text, as a translation does, within the prompt's own bound. Without `stream` an answer comes whole,
+    its first token with its last.
     """
 
     exactly: int | None = None
     stop: tuple[str, ...] = ()
+    stream: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,9 @@ class _Asker:
             "model": model,
             "temperature": 0,
             "cache_salt": secrets.token_hex(8),
-            "stream": True,
-            "stream_options": {"include_usage": True},
         }
+        if answering.stream:
+            self.fixed |= {"stream": True, "stream_options": {"include_usage": True}}
         if answering.exactly is not None:
             self.fixed |= {"min_tokens": answering.exactly, "max_tokens": answering.exactly, "ignore_eos": True}
         elif answering.stop:
@@ -241,7 +243,7 @@ class _Asker:
             if answer.status_code != 200:
                 raise ValueError(f"status {answer.status_code}: {(await answer.aread()).decode(errors='replace')}")
             async for line in answer.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
+                if self.answering.stream and (not line.startswith("data: ") or line == "data: [DONE]"):
                     continue
                 chunk = json.loads(line.removeprefix("data: "))
                 if "error" in chunk:

@@ -1,0 +1,179 @@
+"""What the endpoint costs: raylp serve and bare vLLM, the same model, prompts and engine settings, taking turns.
+
+    python benchmarks/endpoint.py RUN --model healed-15 --concurrency 1,8 --repeats 5
+
+RUN is a run directory with that model and test text. Prints tokens/s without streaming and the time to the first token
+with it, raylp's over bare vLLM's with an interval over the repeats, and on one machine the CPU time a token takes in
+each kind of process.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from raylp.bench.load import Answering, Load, Measurement, Prompt, measure
+from raylp.bench.stats import ratio
+from raylp.generate.vllm_engine import cpu_options
+from raylp.pipeline import open_context
+from raylp.progress import Reporter
+from raylp.recipe import load_recipe
+from raylp.serve.endpoint import choose_models, endpoint, engine_length, num_sequences, serve_dtype
+
+START_S = 300
+# A process by a part of its command line; the first that fits.
+KINDS = {
+    "ray::ProxyActor": "proxy",
+    "RunIngress": "ingress",
+    "LLMServer": "replica",
+    "ServeController": "controller",
+    "VLLM::": "engine",
+    "api_server": "bare server",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--model", default="baseline")
+    parser.add_argument("--concurrency", default="1,8")
+    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    recipe = load_recipe(Path(given.run) / "recipe.yaml", [f"run_dir={given.run}", "serve.port=0"])
+    context = open_context(recipe, Reporter(sys.stderr))
+    ((name, path),) = choose_models([given.model], context.models(), "--model").items()
+    prompts = asked(context, given.requests, given.output_tokens)
+    loads = [Load("closed", int(clients)) for clients in given.concurrency.split(",")]
+    with endpoint(context, {name: path}) as served, bare_vllm(context, path) as bare:
+        servers = {"bare vllm": (bare, str(path)), "raylp": (served.url, name)}
+        found: dict[tuple[str, str, bool], list[Measurement]] = {}
+        spent: dict[tuple[str, str], Counter[str]] = {}
+        for url, model in servers.values():
+            measure(url, model, prompts[:4], Load("closed", 4), Answering(given.output_tokens))
+        for repeat in range(given.repeats):
+            order = list(servers) if repeat % 2 == 0 else list(servers)[::-1]
+            for load in loads:
+                for stream in (False, True):
+                    for server in order:
+                        url, model = servers[server]
+                        before = cpu_seconds()
+                        made = measure(url, model, prompts, load, Answering(given.output_tokens, stream=stream))
+                        found.setdefault((server, load.name, stream), []).append(made)
+                        if not stream:
+                            used = spent.setdefault((server, load.name), Counter())
+                            used.update({k: v - before[k] for k, v in cpu_seconds().items()})
+                            used["tokens"] += made.tokens
+                print(f"repeat {repeat + 1} of {given.repeats}, {load.name}", file=sys.stderr, flush=True)
+    print_table(loads, found, spent)
+
+
+def asked(context, count: int, output_tokens: int) -> list[Prompt]:
+    """Prompts of test sentences that the engine takes."""
+    from raylp.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(context.baseline)
+    room = engine_length(context.recipe.serve, context.baseline)
+    pairs = [(e.source, e.pair) for examples in context.splits.test.values() for e in examples]
+    requests = context.prompt.requests(tokenizer, pairs)
+    fitting = [Prompt(r.tokens, output_tokens) for r in requests if len(r.tokens) + output_tokens <= room]
+    return [fitting[i % len(fitting)] for i in range(count)]
+
+
+class bare_vllm:  # noqa: N801
+    """vLLM's own server with the engine settings that raylp gives its engines."""
+
+    def __init__(self, context, path: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        config = context.recipe.serve
+        import torch
+
+        gpus = torch.cuda.device_count()
+        dtype, length = serve_dtype(config, context.dtype, gpus), engine_length(config, path)
+        options = {"model": path, "dtype": dtype, "max-model-len": length, "port": self.port, "host": "127.0.0.1"}
+        if gpus:
+            options |= {"gpu-memory-utilization": 0.45, "max-num-seqs": 2 * config.target_ongoing_requests}
+        else:
+            mine = cpu_options(path, dtype, length, num_sequences(config))
+            options |= {key.replace("_", "-"): value for key, value in mine.items()}
+        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        for key, value in options.items():
+            self.command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+
+    def __enter__(self) -> str:
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
+        env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, env=env, start_new_session=True)
+        url = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    return url
+            except httpx.HTTPError:
+                pass
+            time.sleep(1)
+        self.__exit__()
+        raise SystemExit(f"bare vLLM did not start: {self.log.name}")
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            process.kill()
+        self.process.wait()
+
+
+def cpu_seconds() -> Counter[str]:
+    """CPU time so far by kind of process."""
+    found: Counter[str] = Counter()
+    for process in psutil.process_iter(["cmdline", "cpu_times"]):
+        line = " ".join(process.info["cmdline"] or [])
+        times = process.info["cpu_times"]
+        kind = next((kind for part, kind in KINDS.items() if part in line), None)
+        if kind and times:
+            found[kind] += times.user + times.system
+    return found
+
+
+def print_table(
+    loads: list[Load],
+    found: dict[tuple[str, str, bool], list[Measurement]],
+    spent: dict[tuple[str, str], Counter[str]],
+) -> None:
+    table = Table("load", "measure", "bare vLLM", "raylp", "raylp / bare", "95%")
+    for load in loads:
+        rates = {s: [m.output_tokens_per_s for m in found[s, load.name, False]] for s in ("bare vllm", "raylp")}
+        first = {
+            s: [float(np.median([t.ttft_ms for t in m.timings])) for m in found[s, load.name, True]]
+            for s in ("bare vllm", "raylp")
+        }
+        for what, values in (("tokens/s, whole answers", rates), ("TTFT p50, ms", first)):
+            made = ratio(values["raylp"], values["bare vllm"], what)
+            means = [f"{np.mean(values[s]):.1f}" for s in ("bare vllm", "raylp")]
+            table.add_row(load.name, what, *means, f"{made['value']:.3f}", f"{made['low']:.3f} to {made['high']:.3f}")
+        gap = np.asarray(first["raylp"]) - np.asarray(first["bare vllm"])
+        table.add_row(load.name, "TTFT p50, ms more", "", f"{gap.mean():+.1f}", "", "")
+    Console(width=120).print(table)
+    table = Table("load", "server", "process", "CPU-ms a token")
+    for (server, load_name), used in spent.items():
+        for kind, seconds in sorted(used.items()):
+            if kind != "tokens" and seconds > 0:
+                table.add_row(load_name, server, kind, f"{1000 * seconds / used['tokens']:.2f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
