@@ -14,7 +14,7 @@ from raylp.errors import UserError
 from raylp.report import numbers, plots
 from raylp.report.build import report
 from raylp.report.contents import Stat, read_contents
-from raylp.report.facts import _ratio, find_facts
+from raylp.report.facts import _ratio, find_facts, pareto_front
 from raylp.report.plan_view import render_plan
 from raylp.report.tables import print_tables
 from raylp.rundir import RunDir
@@ -385,7 +385,7 @@ def test_the_page_holds_every_part_and_its_figures(finished_page: str) -> None:
     seen = Structure(finished_page)
     parts = ["removed", "models", "speed", "healing", "translations", "fair", "provenance"]
     assert seen.sections() == parts
-    assert seen.tags.count("svg") == 3 + 2 + 2 + 2 + 2 + 1
+    assert seen.tags.count("svg") == 3 + 2 + 2 + 2 + 2 + 2 + 2 + 1
     for figure in (
         "93.2% (90.2% to 96.1%)",
         "268 → 249 M",
@@ -488,6 +488,19 @@ def test_speed_of_the_bench_is_shown_before_anything_is_scored(tmp_path: Path) -
     rundir.remove("results.json")
     assert "healed-15   1 request at a time        44.4" in tables(rundir)
     assert "the healed model decodes 1.12× as fast as the baseline" in headline(rundir)
+
+
+def test_no_model_beats_one_on_the_front() -> None:
+    points = [(3.0, 30.0), (1.0, 10.0), (2.0, 30.0), (2.5, 20.0), (1.0, 12.0), (2.0, 30.0)]
+    assert [points[i] for i in pareto_front(points)] == [(1.0, 12.0), (2.0, 30.0), (2.0, 30.0)]
+    assert pareto_front([]) == []
+
+
+def test_the_page_sets_quality_against_cost_and_latency_against_load(finished_page: str) -> None:
+    text = Structure(finished_page).text
+    assert "chrF2++ against size of the weights" in text
+    assert "chrF2++ against time for a token" in text
+    assert "Latency against load" in text and "Throughput against latency" in text
 
 
 def test_what_the_benchmark_concludes_is_said_with_its_interval(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from rich.console import Console
 
 from raylp.report import facts as derive
 from raylp.report import numbers, plots
-from raylp.report.contents import STAGE_NAMES, Contents, Plan, Stat, Translation, read_contents, read_stat
+from raylp.report.contents import (
+    STAGE_NAMES,
+    Contents,
+    Plan,
+    Stat,
+    Translation,
+    concurrency,
+    read_contents,
+    read_stat,
+)
 from raylp.report.facts import Facts
 from raylp.report.search_words import measure_value, objective_digits, objective_label, search_facts
 from raylp.report.tables import print_tables
@@ -148,7 +157,7 @@ def span(stat: Stat | None) -> str:
 
 def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     """Plots by section; a list is empty when there is nothing to draw."""
-    sections = ("search", "rounds", "quality", "speed", "heal", "course", "seconds")
+    sections = ("search", "rounds", "quality", "tradeoffs", "speed", "loads", "heal", "course", "seconds")
     drawn: dict[str, list[str]] = {section: [] for section in sections}
     if contents.plan:
         drawn |= search_drawings(contents.plan, *objective(contents))
@@ -170,6 +179,13 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
         if these:
             ideals = {(model, measure): best for (at, model, measure), best in marks.items() if at == setting}
             drawn["speed"].append(plots.plot_speed(these, contents.models, ideals, setting, limits))
+    drawn["tradeoffs"] = tradeoffs(contents)
+    loads = {setting: clients for setting in contents.settings if (clients := concurrency(setting))}
+    if len(loads) > 1:
+        drawn["loads"] = [
+            plots.plot_loads(contents.models, loads, "latency"),
+            plots.plot_loads(contents.models, loads, "throughput"),
+        ]
     if contents.heal:
         drawn["heal"] = [plots.plot_heal(contents.heal)]
         course = plots.plot_course(contents.heal)
@@ -178,6 +194,29 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     if len(seconds) > 1:
         drawn["seconds"] = [plots.plot_seconds(seconds)]
     return {section: [Markup(svg) for svg in svgs] for section, svgs in drawn.items()}
+
+
+def tradeoffs(contents: Contents) -> list[str]:
+    """Quality of the main metric, on each test set, against size and against time for a token."""
+    metric = derive.main_metric(contents)
+    if metric is None:
+        return []
+    setting = next(iter(contents.settings), None)
+    drawn = []
+    for test_set in contents.test_sets:
+        scored = [(model, stat) for model in contents.models if (stat := model.score(test_set, metric))]
+        sized = [(model, model.bytes / 1e6, stat) for model, stat in scored if model.bytes]
+        if len({size for _, size, _ in sized}) > 1:
+            drawn.append(plots.plot_tradeoff(sized, metric, "size of the weights, MB", f"by-size-{test_set}"))
+        timed = [
+            (model, took.value, stat)
+            for model, stat in scored
+            if setting is not None and (took := model.measure(setting, "tpot_ms"))
+        ]
+        if len(timed) > 1 and setting is not None:
+            what = f"time for a token, ms, {numbers.setting(setting)}"
+            drawn.append(plots.plot_tradeoff(timed, metric, what, f"by-time-{test_set}"))
+    return drawn
 
 
 def search_drawings(plan: Plan, metric: str, digits: int) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """What a run shows, worked out from what it holds: which models to set against each other, what was kept and gained."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,15 @@ def find_gains(contents: Contents) -> list[Gain]:
                 )
                 gains.append(Gain(model.name, reference.name, setting, measure, ratio, was, now))
     return gains
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which (cost, quality) points no other one is as good as in both and better in one; cheapest first."""
+
+    def beaten(cost: float, quality: float) -> bool:
+        return any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points)
+
+    return sorted((i for i, point in enumerate(points) if not beaten(*point)), key=lambda i: points[i])
 
 
 def paired_ratio(contents: Contents, model: str, reference: str, setting: str, measure: str) -> Stat | None:

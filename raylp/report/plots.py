@@ -4,7 +4,7 @@ Every figure is about 460 units wide, so that it can be read in a column of a wi
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from raylp.report import numbers
 from raylp.report.contents import Candidate, HealLog, Model, Plan, Round, Stat
-from raylp.report.facts import SPEED_MEASURES, Gain
+from raylp.report.facts import SPEED_MEASURES, Gain, pareto_front
 from raylp.report.search_words import LIKELIHOOD_LOSS, measure_label, measure_value
 
 INK, MUTED, FAINT, GRID = "#1c2430", "#5d6875", "#a3abb5", "#e6e8ea"
@@ -346,6 +346,57 @@ def plot_quality(models: Sequence[Model], test_set: str, metric: str) -> str:
         axes.set_ylabel(metric)
         _title(axes, test_set, len(shown))
         return _svg(figure, f"quality-{test_set}-{metric}", f"{metric} on {test_set} against layers left")
+
+
+def plot_tradeoff(models: Sequence[tuple[Model, float, Stat]], metric: str, what: str, slug: str) -> str:
+    """Quality over cost, each model's (model, cost, score), and through those that no other beats in both a line.
+
+    `what`: the cost, in words; less is better, and further left.
+    """
+    with _axes(3.0 + 0.25 * (len(models) > 4)) as (figure, axes):
+        for model, cost, stat in models:
+            color, marker = style(model)
+            _whisker(axes, stat, cost, color, vertical=True)
+            axes.plot(
+                [cost], [stat.value], marker, color=color, markersize=7.5, label=model.name, zorder=3, linestyle=""
+            )
+        points = [(cost, stat.value) for _, cost, stat in models]
+        front = [points[i] for i in pareto_front(points)]
+        if len(front) > 1:
+            axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.2, linestyle="--", zorder=1)
+        axes.margins(x=0.12)
+        axes.set_xlabel(what)
+        axes.set_ylabel(metric)
+        _title(axes, f"{metric} against {what.partition(',')[0]}", len(models))
+        return _svg(figure, slug, f"{metric} against {what}")
+
+
+def plot_loads(models: Sequence[Model], loads: Mapping[str, float], kind: Literal["latency", "throughput"]) -> str:
+    """`latency`: the median time of a request over the clients at a time; `throughput`: tokens a second over that time.
+
+    `loads`: clients by setting. Each model is a line.
+    """
+    with _axes(3.0) as (figure, axes):
+        shown = [model for model in models if any(setting in model.speed for setting in loads)]
+        for model in shown:
+            color, marker = style(model)
+            points = []
+            for setting, clients in loads.items():
+                took, made = model.measure(setting, "e2e_ms"), model.measure(setting, "output_tokens_per_s")
+                if took is not None and made is not None:
+                    points.append((clients, took) if kind == "latency" else (took.value, made))
+                    _whisker(axes, points[-1][1], points[-1][0], color, vertical=True)
+            places, stats = zip(*points, strict=True)
+            axes.plot(places, [s.value for s in stats], marker, color=color, linestyle="-", label=model.name, zorder=3)
+        axes.set_ylim(bottom=0)
+        if kind == "latency":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(loads.values()))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("requests at a time" if kind == "latency" else "time of a request, median, ms")
+        axes.set_ylabel("time of a request, median, ms" if kind == "latency" else "tokens a second")
+        _title(axes, "Latency against load" if kind == "latency" else "Throughput against latency", len(shown))
+        return _svg(figure, f"loads-{kind}", f"{kind} under load")
 
 
 def plot_speed(
