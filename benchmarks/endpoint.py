@@ -25,6 +25,7 @@ from rich.table import Table
 
 from raylp.bench.load import Answering, Load, Measurement, Prompt, measure
 from raylp.bench.stats import ratio
+from raylp.context import Context
 from raylp.generate.vllm_engine import cpu_options
 from raylp.pipeline import open_context
 from raylp.progress import Reporter
@@ -80,7 +81,7 @@ def main() -> None:
     print_table(loads, found, spent)
 
 
-def asked(context, count: int, output_tokens: int) -> list[Prompt]:
+def asked(context: Context, count: int, output_tokens: int) -> list[Prompt]:
     """Prompts of test sentences that the engine takes."""
     from raylp.models.load import load_tokenizer
 
@@ -95,7 +96,7 @@ def asked(context, count: int, output_tokens: int) -> list[Prompt]:
 class bare_vllm:  # noqa: N801
     """vLLM's own server with the engine settings that raylp gives its engines."""
 
-    def __init__(self, context, path: Path) -> None:
+    def __init__(self, context: Context, path: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -131,8 +132,9 @@ class bare_vllm:  # noqa: N801
         raise SystemExit(f"bare vLLM did not start: {self.log.name}")
 
     def __exit__(self, *_: object) -> None:
-        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-            process.kill()
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            child.kill()
+        self.process.kill()
         self.process.wait()
 
 
