@@ -25,6 +25,7 @@ from raylp.export.export import choose, export
 from raylp.export.wmt26 import NEEDED, portable_recipe, spellings
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import CARD
+from raylp.models.source import licence as read_licence
 from raylp.pipeline import run as run_recipe
 from raylp.recipe import load_recipe, parse_recipe
 from raylp.rundir import RunDir
@@ -255,10 +256,13 @@ def test_front_matter_is_yaml_whatever_the_run_is_about(tmp_path: Path) -> None:
     content["data"] = {"en-no": {"test": "x"}}
     rundir.write_text("recipe.yaml", yaml.safe_dump(content))
     manifest = rundir.read_json("manifest.json")
-    for licence, said in (("apache-2.0", "apache-2.0"), ("Terms: of 'use', \"here\"", "other"), ("", "other")):
+    for licence, said in (("apache-2.0", "apache-2.0"), ("Terms: of use, here", "other"), ("", "other")):
         manifest["model"] = {**manifest["model"], "licence": licence}
         rundir.write_json("manifest.json", manifest)
-        _, matter = told(rundir, "healed-15", prompt=Prompt(chat=True).model_dump(mode="json"))
+        text, matter = told(rundir, "healed-15", prompt=Prompt(chat=True).model_dump(mode="json"))
+        (tmp_path / "README.md").write_text(text)
+        (tmp_path / "config.json").write_text("{}")
+        assert read_licence(tmp_path) == (licence or None), "as whoever prunes it again will find it"
         assert matter["language"] == ["en", "no"]
         assert matter["license"] == said
         assert matter.get("license_name", "") == ("" if said != "other" else licence)

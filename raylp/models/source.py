@@ -20,6 +20,7 @@ from pathlib import Path
 from raylp.errors import UserError
 
 PACKAGE_PREFIX = "package:"
+_LICENCE = re.compile(r"^(license|license_name):[ \t]*(\S.*)$", re.MULTILINE)
 _NOTICE = re.compile(r"^(licen[cs]e|notice|copying|use_policy)|_terms\b", re.IGNORECASE)
 LICENCES = {"gemma": "Gemma Terms of Use, https://ai.google.dev/gemma/terms"}
 
@@ -75,8 +76,10 @@ def fingerprint(path: Path) -> str:
 def licence(path: Path) -> str | None:
     """The licence of the checkpoint in `path`, from its model card or its family; None when neither tells."""
     card = path / "README.md"
-    if card.exists() and (found := re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE)):
-        return found[1]
+    stated = _LICENCE.findall(card.read_text(encoding="utf-8")) if card.exists() else []
+    names = {key: value.strip().strip("\"'") for key, value in stated}
+    if (found := names.get("license_name") or names.get("license")) and found != "other":
+        return found
     family = json.loads((path / "config.json").read_text()).get("model_type", "")
     return next((terms for name, terms in LICENCES.items() if family.startswith(name)), None)
 
