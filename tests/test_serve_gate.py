@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from raylp.errors import UserError
-from raylp.serve.gate import Gate, TooManyError, Traffic, read_keys
+from raylp.serve.gate import Gate, Held, TooManyError, Traffic, read_keys
 from raylp.serve.slo import Chooser, Objective, one_for_each_depth, read_objective
 
 KEY = hashlib.sha256(b"secret").hexdigest()
@@ -138,6 +138,45 @@ def test_a_request_that_holds_several_weighs_as_much() -> None:
             pytest.fail("no room")
         traffic.at_work -= 1
     assert traffic.at_work == 1
+
+
+def test_a_stream_lets_go_however_it_ends() -> None:
+    async def parts(fails: bool = False) -> Any:
+        yield 1
+        if fails:
+            raise RuntimeError
+        yield 2
+
+    def held(fails: bool = False) -> tuple[Held, Traffic, Chooser]:
+        traffic, chooser = Traffic(), Chooser(["a"], Objective(90, 300), lambda: 0.0, least=1)
+        stack = ExitStack()
+        stack.enter_context(traffic.more(2, 10))
+        stack.enter_context(chooser.timing("a", 1))
+        assert traffic.at_work == 2
+        return Held(parts(fails), stack), traffic, chooser
+
+    async def read(stream: Held, most: int = 9) -> list[int]:
+        found: list[int] = []
+        async for part in stream:
+            found.append(part)
+            if len(found) == most:
+                break
+        return found
+
+    whole, traffic, chooser = held()
+    assert asyncio.run(read(whole)) == [1, 2]
+    assert traffic.at_work == 0 and chooser.keeps("a", 1) is True
+    broken, traffic, chooser = held(fails=True)
+    with pytest.raises(RuntimeError):
+        asyncio.run(read(broken))
+    assert traffic.at_work == 0 and chooser.keeps("a", 1) is None
+    left, traffic, _ = held()
+    assert asyncio.run(read(left, 1)) == [1] and traffic.at_work == 2
+    del left
+    assert traffic.at_work == 0
+    never, traffic, chooser = held()
+    del never
+    assert traffic.at_work == 0 and chooser.keeps("a", 1) is None
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -65,6 +65,36 @@ class Traffic:
 
 class TooManyError(Exception):
     """More at work than may be."""
+
+
+class Held:
+    """The parts of an answer; what the stack holds is let go with the last of them, or when nobody takes any more.
+
+    A generator would not do: one that is never begun lets nothing go.
+    """
+
+    def __init__(self, parts: AsyncIterable[Any], stack: ExitStack) -> None:
+        self._parts = aiter(parts)
+        self._stack = stack
+
+    def __aiter__(self) -> "Held":
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._parts)
+        except StopAsyncIteration:
+            self._stack.close()
+            raise
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
+    def __del__(self) -> None:
+        self._give_up(GeneratorExit())
+
+    def _give_up(self, error: BaseException) -> None:
+        self._stack.__exit__(type(error), error, None)
 
 
 TRAFFIC = Traffic()  # of the endpoint of this process: the framework makes the gate, others ask about it

@@ -7,7 +7,7 @@ serves imports this.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from raylp.generate.base import StopRule, stop_rule, to_output
 from raylp.generate.translate import Fitted, fit, one_line
 from raylp.models.load import load_tokenizer, read_config, read_generation_config
 from raylp.names import kind_of
-from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, TooManyError
+from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, Held, TooManyError
 from raylp.serve.slo import AUTO, Chooser, one_for_each_depth, read_objective
 
 HEALTH_S = 1.0
@@ -224,7 +224,7 @@ class RunIngress(OpenAiIngress):
             response = await answer(body, request)
             response.headers[MODEL_HEADER] = body.model
             if isinstance(response, StreamingResponse):
-                response.body_iterator = _through(response.body_iterator, stack.pop_all())
+                response.body_iterator = Held(response.body_iterator, stack.pop_all())
             return response
 
     async def _answer(self, model: str, wanted: Wanted) -> str:
@@ -251,13 +251,6 @@ def side_by_side(names: list[str]) -> list[str]:
     others = [name for name in names if name != first] or names
     kinds = {kind_of(name): name for name in others}
     return [first, kinds.get("healed") or kinds.get("pruned") or others[-1]]
-
-
-async def _through(parts: AsyncIterable[Any], stack: ExitStack) -> AsyncIterator[Any]:
-    """`parts`, and the stack is left with the last of them, or with what ended them."""
-    with stack:
-        async for part in parts:
-            yield part
 
 
 async def all_or_none(tasks: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
