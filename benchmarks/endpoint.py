@@ -23,7 +23,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from raylp.bench.load import Answering, Load, Measurement, Prompt, measure
+from raylp.bench.load import Answering, Load, Measurement, measure
+from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
 from raylp.generate.vllm_engine import cpu_options
@@ -56,7 +57,7 @@ def main() -> None:
     recipe = load_recipe(Path(given.run) / "recipe.yaml", [f"run_dir={given.run}", "serve.port=0"])
     context = open_context(recipe, Reporter(sys.stderr))
     ((name, path),) = choose_models([given.model], context.models(), "--model").items()
-    prompts = asked(context, given.requests, given.output_tokens)
+    prompts = sentences_that_fit(context, given.requests, given.output_tokens)
     loads = [Load("closed", int(clients)) for clients in given.concurrency.split(",")]
     with endpoint(context, {name: path}) as served, bare_vllm(context, path) as bare:
         servers = {"bare vllm": (bare, str(path)), "raylp": (served.url, name)}
@@ -79,18 +80,6 @@ def main() -> None:
                             used["tokens"] += made.tokens
                 print(f"repeat {repeat + 1} of {given.repeats}, {load.name}", file=sys.stderr, flush=True)
     print_table(loads, found, spent)
-
-
-def asked(context: Context, count: int, output_tokens: int) -> list[Prompt]:
-    """Prompts of test sentences that the engine takes."""
-    from raylp.models.load import load_tokenizer
-
-    tokenizer = load_tokenizer(context.baseline)
-    room = engine_length(context.recipe.serve, context.baseline)
-    pairs = [(e.source, e.pair) for examples in context.splits.test.values() for e in examples]
-    requests = context.prompt.requests(tokenizer, pairs)
-    fitting = [Prompt(r.tokens, output_tokens) for r in requests if len(r.tokens) + output_tokens <= room]
-    return [fitting[i % len(fitting)] for i in range(count)]
 
 
 class bare_vllm:  # noqa: N801

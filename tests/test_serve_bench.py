@@ -30,7 +30,6 @@ from hypothesis import strategies as st
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal, work
 from raylp.bench.load import Answering, Load, Measurement, Timing, arrivals, measure
-from raylp.bench.load import Prompt as Asked
 from raylp.bench.meters import EnergyMeter, memory_by_mark
 from raylp.bench.stage import (
     LATENCIES,
@@ -51,6 +50,7 @@ from raylp.data.prompt import Prompt
 from raylp.distill.config import Distill
 from raylp.distill.stage import distill
 from raylp.errors import UserError
+from raylp.generate.base import Request
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import card_for, save_checkpoint
 from raylp.models.load import load_model
@@ -234,7 +234,7 @@ def metronome() -> Iterator[str]:
 
 
 def test_clients_measure_what_the_server_takes(metronome: str) -> None:
-    prompts = [Asked((1, 2, 3), 5)] * 6
+    prompts = [Request((1, 2, 3), 5)] * 6
     one = measure(metronome, "one", prompts, Load("closed", 1), Answering(5))
     assert len(one.timings) == 6 and not one.errors
     for timing in one.timings:
@@ -256,7 +256,7 @@ def test_clients_measure_what_the_server_takes(metronome: str) -> None:
 
 def test_an_open_loop_does_not_wait(metronome: str) -> None:
     """At 50 a second and 180 ms each, some nine are on their way at a time."""
-    prompts = [Asked((1, 2, 3), 5)] * 20
+    prompts = [Request((1, 2, 3), 5)] * 20
     times = arrivals(50, 20, 7)
     assert times[0] == 0 and times == sorted(times) and arrivals(50, 20, 7) == times != arrivals(50, 20, 8)
     assert times[-1] == pytest.approx(20 / 50, rel=0.6)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import httpx
 
 from raylp.errors import UserError
+from raylp.generate.base import Request
 
 REQUEST_TIMEOUT_S = 300.0
 SEED = 12345
@@ -40,14 +41,6 @@ class Load:
         if self.kind == "batch":
             return f"{self.backend}-b{self.value:g}"
         return f"{'c' if self.kind == 'closed' else 'r'}{self.value:g}"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What one request asks: token ids, and the most tokens of the answer."""
-
-    tokens: tuple[int, ...]
-    most: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ def arrivals(rate: float, count: int, seed: int) -> list[float]:
 def measure(
     url: str,
     model: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Request],
     load: Load,
     answering: Answering,
     on_done: Callable[[], None] = lambda: None,
@@ -169,7 +162,9 @@ def measure(
     return found
 
 
-async def _closed(asker: "_Asker", prompts: Sequence[Prompt], clients: int, on_done: Callable[[], None]) -> Measurement:
+async def _closed(
+    asker: "_Asker", prompts: Sequence[Request], clients: int, on_done: Callable[[], None]
+) -> Measurement:
     waiting = iter(prompts)
 
     async def client(http: httpx.AsyncClient) -> None:
@@ -184,9 +179,9 @@ async def _closed(asker: "_Asker", prompts: Sequence[Prompt], clients: int, on_d
 
 
 async def _open(
-    asker: "_Asker", prompts: Sequence[Prompt], times: Sequence[float], on_done: Callable[[], None]
+    asker: "_Asker", prompts: Sequence[Request], times: Sequence[float], on_done: Callable[[], None]
 ) -> Measurement:
-    async def one(http: httpx.AsyncClient, prompt: Prompt, due: float) -> None:
+    async def one(http: httpx.AsyncClient, prompt: Request, due: float) -> None:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         # Timed from when it was due: a client that falls behind must not make the endpoint look quicker.
         await asker.ask(http, prompt, due)
@@ -228,15 +223,15 @@ class _Asker:
     def measurement(self, started: float) -> Measurement:
         return Measurement(self.timings, self.errors, time.perf_counter() - started)
 
-    async def ask(self, http: httpx.AsyncClient, prompt: Prompt, due: float) -> None:
+    async def ask(self, http: httpx.AsyncClient, prompt: Request, due: float) -> None:
         """One request, timed from `due`; an error is kept, too."""
         try:
             self.timings.append(await self._ask(http, prompt, due))
         except (httpx.HTTPError, ValueError) as error:
             self.errors.append(f"{type(error).__name__}: {str(error)[:300]}")
 
-    async def _ask(self, http: httpx.AsyncClient, prompt: Prompt, due: float) -> Timing:
-        body = {"max_tokens": prompt.most, **self.fixed, "prompt": list(prompt.tokens)}
+    async def _ask(self, http: httpx.AsyncClient, prompt: Request, due: float) -> Timing:
+        body = {"max_tokens": prompt.max_new_tokens, **self.fixed, "prompt": list(prompt.tokens)}
         came: list[float] = []
         usage: dict[str, int] = {}
         async with http.stream("POST", "/v1/completions", json=body) as answer:

@@ -17,7 +17,7 @@ import numpy as np
 from raylp import cluster
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
-from raylp.bench.load import SEED, Answering, Load, Measurement, Prompt, measure
+from raylp.bench.load import SEED, Answering, Load, Measurement, measure
 from raylp.bench.meters import EnergyMeter, memory_by_mark
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
@@ -64,7 +64,7 @@ class Plan:
 
     config: Bench
     models: dict[str, Path]
-    prompts: list[Prompt]
+    prompts: list[Request]
     answering: Answering
     cells: list[Cell]
     places: dict[str, str]
@@ -138,7 +138,7 @@ def plan_bench(context: Context) -> Plan:
     """
     config = context.recipe.bench or Bench()
     models = choose_models(config.models, context.models(), "bench.models")
-    prompts = _prompts(context, config)
+    prompts = sentences_that_fit(context, max(map(config.num_requests, config.loads)), config.output_tokens)
     cells = schedule(list(models), config.loads, config.repeats)
     places = {name: _place(context, name, path, prompts) for name, path in models.items()}
     answering = Answering(config.output_tokens, ("\n",) if context.prompt.newline else ())
@@ -190,8 +190,9 @@ def measure_batches(context: Context, plan: Plan) -> None:
     dtype = serve_dtype(context.recipe.serve, context.dtype, gpus)
     most = int(max(cell.load.value for cell in waiting))
     threads = cluster.cores()
-    tokenizer = load_tokenizer(context.baseline)
-    (asked, total) = _batch_requests(context, plan, tokenizer), sum(plan.config.num_requests(c.load) for c in waiting)
+    config = plan.config
+    asked = sentences_that_fit(context, max(map(config.num_requests, config.loads)), None)
+    total = sum(config.num_requests(cell.load) for cell in waiting)
     start = secrets.token_hex(4)
     with context.reporter.task("bench in batches", total) as task:
         for backend in dict.fromkeys(cell.load.backend for cell in waiting):
@@ -231,16 +232,6 @@ def _ask_batch(worker: Any, path: Path, backend: str, dtype: str, requests: Sequ
     import ray
 
     return ray.get(worker.translate.remote(str(path), backend, dtype, list(requests)))
-
-
-def _batch_requests(context: Context, plan: Plan, tokenizer: Any) -> list[Request]:
-    """As many test sentences as the largest measurement needs, over and over where there are fewer."""
-    wanted = max(plan.config.num_requests(load) for load in plan.config.loads)
-    pairs = [(example.source, example.pair) for examples in context.splits.test.values() for example in examples]
-    made = context.prompt.requests(tokenizer, pairs[:wanted])
-    room = engine_length(context.recipe.serve, context.baseline)
-    fitting = [request for request in made if len(request.tokens) + request.max_new_tokens <= room]
-    return [fitting[i % len(fitting)] for i in range(wanted)]
 
 
 def _told(load: Load) -> str:
@@ -343,31 +334,36 @@ def _signature(config: Bench, load: Load) -> str:
     return f"raylp|{what}|out:{length}|requests:{config.num_requests(load)}x{config.repeats}"
 
 
-def _prompts(context: Context, config: Bench) -> list[Prompt]:
-    """Prompts of as many test sentences as a measurement needs, of each test set in turn; those the engine takes."""
+def sentences_that_fit(context: Context, count: int, exactly: int | None) -> list[Request]:
+    """Requests for `count` test sentences, of each test set in turn, over and over where there are fewer.
+
+    Those that the engine takes, with answers of `exactly` so many tokens, or of the prompt's own bound.
+
+    Raises:
+        UserError: none fits.
+    """
     tokenizer = load_tokenizer(context.baseline)
     sets = list(context.splits.test.values())
     longest = max(map(len, sets), default=0)
     mixed = [examples[i] for i in range(longest) for examples in sets if i < len(examples)]
     room = engine_length(context.recipe.serve, context.baseline)
-    wanted = max(map(config.num_requests, config.loads))
-    fitting: list[Prompt] = []
+    fitting: list[Request] = []
     for example in mixed:
         (request,) = context.prompt.requests(tokenizer, [(example.source, example.pair)])
-        most = config.output_tokens or request.max_new_tokens
+        most = exactly or request.max_new_tokens
         if len(request.tokens) + most <= room:
-            fitting.append(Prompt(request.tokens, most))
-        if len(fitting) == wanted:
+            fitting.append(Request(request.tokens, most))
+        if len(fitting) == count:
             break
     if not fitting:
         raise UserError(
             f"bench: no test sentence fits into the {room} tokens of an engine "
-            f"(serve.max_model_len, or the model's own limit) with bench.output_tokens: {config.output_tokens}"
+            f"(serve.max_model_len, or the model's own limit) with bench.output_tokens: {exactly}"
         )
-    return [fitting[i % len(fitting)] for i in range(wanted)]
+    return [fitting[i % len(fitting)] for i in range(count)]
 
 
-def _place(context: Context, name: str, path: Path, prompts: Sequence[Prompt]) -> str:
+def _place(context: Context, name: str, path: Path, prompts: Sequence[Request]) -> str:
     """The directory of a model's measurements: other weights, load, engine setting or machine is another directory."""
     config, served = context.recipe.bench or Bench(), context.recipe.serve
     what = {
