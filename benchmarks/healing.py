@@ -6,10 +6,12 @@ DIR holds a folder for each pair with train.jsonl, dev.jsonl and test.jsonl; the
 searched on, the rest tells when to stop healing. Sentences of more than `--max-words` are left out, but for the test
 set. The recipes are recipes/healing/*.yaml, with what a variant changes. Every run is a run directory under
 --out/PAIR: what is done is not done again, so it may be stopped at any time. `controls`: at the smallest depth, the
-layers of the tail, of the middle and three random draws, healed as `--like` was.
+layers of the tail, of the middle and three random draws, healed as `--like` was, and the searched layers' difference to
+each, with its interval. --results: a file for the table.
 """
 
 import argparse
+import io
 import itertools
 import json
 import random
@@ -20,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from raylp.evaluate.compare import compare, find_entrant
 from raylp.pipeline import run
 from raylp.progress import Reporter
 from raylp.recipe import load_recipe
@@ -34,7 +37,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "both": (),
     "token": ("heal.data=authentic", "heal.epochs=2", "distill=false", *TOKEN_LEVEL),
     "teacher": ("heal.data=teacher", "heal.epochs=2"),
-    "token-both": TOKEN_LEVEL,
     "repaired": ("heal=false", "distill=false", "repair={methods: [compensate, merge, concatenate]}"),
 }
 DRAWS = 3
@@ -50,22 +52,33 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=600)
     parser.add_argument("--max-words", type=int, default=60)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
+    parser.add_argument("--results", type=Path, help="a file that the table so far is written to")
     given = parser.parse_args()
-    given.first = given.variants.partition(",")[0]  # whose scores the others take over
+    variants = [name for name in given.variants.split(",") if name]
+    given.first = given.like or variants[0]  # whose scores the others take over
     out = given.out.resolve() / given.pair
     text = cut(given.data / given.pair, out / "text", given.max_words)
     adapted = make(given, out, text, "adapt", "adapted")
     assert adapted.complete("models/adapted")
-    runs = []
-    for variant in filter(None, given.variants.split(",")):
-        runs.append((variant, make(given, out, text, "heal", variant, *VARIANTS[variant])))
-        print_table(runs)
+    runs: list[tuple[str, RunDir]] = []
+    differences: list[tuple[str, str]] = []
+
+    def add(name: str, *changes: str) -> None:
+        runs.append((name, make(given, out, text, "heal", name, *changes)))
+        show(runs, differences, given.results)
+
     if given.like:
+        add(given.like, *VARIANTS[given.like])
         plan = runs[0][1].read_json("plan.json")
+        searched = f"{out / given.like}:healed-{plan['num_layers'] - len(plan['removed'])}"
         for name, layers in controls(plan["num_layers"], len(plan["removed"])).items():
-            changes = (*VARIANTS[given.like], "heal.baseline=false", f"search={{given: {layers}}}")
-            runs.append((name, make(given, out, text, "heal", name, *changes)))
-            print_table(runs)
+            healed_only = ("heal.baseline=false", "evaluate={models: [healed]}")
+            add(name, *VARIANTS[given.like], *healed_only, f"search={{given: {layers}}}")
+            differences.append((f"searched - {name} {layers}", difference(searched, str(out / name))))
+    for variant in variants:
+        if variant != given.like:
+            add(variant, *VARIANTS[variant])
+    show(runs, differences, given.results)
 
 
 def cut(source: Path, target: Path, max_words: int) -> Path:
@@ -110,9 +123,17 @@ def controls(num_layers: int, count: int) -> dict[str, list[int]]:
     return found
 
 
-def print_table(runs: list[tuple[str, RunDir]]) -> None:
-    """Every model of every run, with its share of the baseline healed alike in the same run."""
-    table = Table("run", "model", "chrF2++", "95%", "of baseline-healed", "steps")
+def difference(a: str, b: str) -> str:
+    """chrF2++ of model `a` less that of `b` (RUN:MODEL, or a run with one healed model), with its interval."""
+    found = {metric: standings for (_, metric), standings in compare([find_entrant(b), find_entrant(a)]).items()}
+    gap = found["chrF2++"][1]
+    assert gap.difference is not None
+    return f"{gap.difference.value:+.1f} ({gap.difference.low:+.1f} to {gap.difference.high:+.1f})"
+
+
+def show(runs: list[tuple[str, RunDir]], differences: list[tuple[str, str]], results: Path | None) -> None:
+    """Every model of every run, with its share of the baseline healed alike in the same run; printed, and written."""
+    table = Table("run", "model", "chrF2++", "95%", "of baseline-healed", "steps", "seconds")
     for name, rundir in runs:
         models: dict[str, Any] = {m["name"]: m for m in rundir.read_json("results.json")["models"]}
         scores = {model: next(iter(entry["scores"].values()))["chrF2++"] for model, entry in models.items()}
@@ -120,11 +141,19 @@ def print_table(runs: list[tuple[str, RunDir]]) -> None:
         for model, score in scores.items():
             share = f"{score['value'] / whole['value']:.1%}" if whole else ""
             log = f"heal/{model}.json"
-            steps = str(rundir.read_json(log)["steps"]) if rundir.exists(log) else ""
+            record = rundir.read_json(log) if rundir.exists(log) else {}
             span = f"{score['low']:.1f} to {score['high']:.1f}"
-            table.add_row(name, model, f"{score['value']:.1f}", span, share, steps)
+            took = [str(record["steps"]), f"{record['seconds']:.0f}"] if record else ["", ""]
+            table.add_row(name, model, f"{score['value']:.1f}", span, share, *took)
         table.add_section()
-    Console(width=100).print(table)
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(table)
+    for what, gap in differences:
+        console.print(f"{what}: {gap}", highlight=False)
+    text = console.export_text()
+    print(text, flush=True)
+    if results is not None:
+        results.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from raylp.generate.base import Request
+from raylp.generate.base import LOOP_PERIOD, LOOP_REPEATS, LOOP_SPAN, Output, Request
 from raylp.rundir import RunDir
 
 FOLDER = "ledger"
+TRANSLATION = "translation"  # the metric of a line that only keeps translations; its rows count their tokens
 FACTS = ("model", "removed", "block", "decoding", "metric", "backend", "dtype")
 
 
@@ -48,6 +49,28 @@ def score_facts(
     }
 
 
+def decoding_of(chat: bool) -> str:
+    """How translations are made, as a line names it."""
+    return f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
+
+
+def said(pair: str, outputs: Sequence[Output], seconds: float) -> dict[str, Any]:
+    """What the one line of a unit that keeps its translations holds beside facts and statistics."""
+    return {
+        "pair": pair,
+        "texts": [output.text for output in outputs],
+        "tokens": sum(len(output.tokens) for output in outputs),
+        "finish": [output.finish for output in outputs],
+        "seconds": round(seconds, 4),
+    }
+
+
+def shares(seconds: float, made: Sequence[Sequence[Output]]) -> list[float]:
+    """The time of what was translated together, shared out by tokens."""
+    tokens = [sum(len(output.tokens) for output in outputs) for outputs in made]
+    return [seconds * own / max(1, sum(tokens)) for own in tokens]
+
+
 def unit_key(facts: dict[str, Any]) -> str:
     """The key of what was generated, whatever metric it was scored by; 32 hex digits."""
     return score_key({name: value for name, value in facts.items() if name != "metric"})
@@ -58,7 +81,7 @@ class Ledger:
 
     def __init__(self, rundir: RunDir, cache: RunDir | None = None) -> None:
         self.rundir = rundir
-        self.cache = cache
+        self.cache = cache = None if cache is not None and cache.uri("") == rundir.uri("") else cache
         self.lines: dict[str, dict[str, Any]] = {}
         self._shared: dict[str, dict[str, Any]] = {}
         self._texts: dict[str, dict[str, Any]] = {}

@@ -62,6 +62,43 @@ def test_differences_are_those_of_the_corpus_scores(runs: dict[str, Path], capsy
     assert left.value.code == 0 and f"{scores[0]:.1f}" in told and "yes" in told
 
 
+def test_what_one_run_translated_another_takes_over(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for place, given in ((first, GOOD), (second, BAD)):
+        search = {"given": given, "protect": []}
+        recipe = toy_recipe(
+            toy_checkpoint, toy_data, place, search=search, evaluate={"metrics": ["chrF2++"]}, cache=str(first)
+        )
+        run(parse_recipe(recipe), Reporter(quiet=True))
+    notes = [json.loads(line) for file in second.glob("logs/generations-*") for line in file.read_text().splitlines()]
+    assert {Path(note["path"]).name for note in notes} == {LEFT}, "the baseline was translated before"
+    assert hypotheses(second, "baseline") == hypotheses(first, "baseline")
+    assert hypotheses(second, LEFT) != hypotheses(first, LEFT), "other layers, so another model of the same name"
+    # What was translated is not translated again when the file is lost, nor counted twice.
+    shutil.rmtree(second / "translations")
+    shutil.rmtree(second / "scores")
+    (second / "evaluate.json").unlink()
+    run(parse_recipe(recipe), Reporter(quiet=True))
+    again = [json.loads(line) for file in second.glob("logs/generations-*") for line in file.read_text().splitlines()]
+    assert again == notes
+    lines = [json.loads(line) for file in first.glob("ledger/*.jsonl") for line in file.read_text().splitlines()]
+    assert len(lines) == len({line["key"] for line in lines})
+
+
+def test_some_models_only(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path) -> None:
+    evaluate = {"metrics": ["chrF2++"], "models": ["pruned"]}
+    recipe = toy_recipe(
+        toy_checkpoint, toy_data, tmp_path / "run", search={"given": GOOD, "protect": []}, evaluate=evaluate
+    )
+    done = run(parse_recipe(recipe), Reporter(quiet=True))
+    assert [model["name"] for model in done.read_json("results.json")["models"]] == [LEFT]
+    recipe["evaluate"] = {**evaluate, "models": ["heald"]}
+    with pytest.raises(UserError, match=r"evaluate\.models: the run has no model 'heald'; it has baseline"):
+        run(parse_recipe({**recipe, "run_dir": str(tmp_path / "other")}), Reporter(quiet=True))
+
+
 def test_what_cannot_be_compared_is_told(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,13 +54,13 @@ from raylp.generate.base import Request
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import card_for, save_checkpoint
 from raylp.models.load import load_model
+from raylp.names import choose_models
 from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.rundir import RunDir
 from raylp.serve.config import Serve
 from raylp.serve.endpoint import (
     check_memory,
-    choose_models,
     deploy_file,
     endpoint,
     error_lines,

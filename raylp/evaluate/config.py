@@ -10,11 +10,13 @@ from raylp.metrics.registry import full_name, short_name
 
 
 class Evaluate(Section):
-    """`metrics`: chrF2++, BLEU, and COMET checkpoints (`wmt22-comet-da`, `owner/name` on the hub, or a path).
+    """`models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), or all of them.
+    `metrics`: chrF2++, BLEU, and COMET checkpoints (`wmt22-comet-da`, `owner/name` on the hub, or a path).
 
     `resamples`: of the bootstrap behind every interval (95%).
     """
 
+    models: list[str] | None = Field(None, min_length=1)
     metrics: list[str] = Field(["chrF2++", "BLEU"], min_length=1)
     backend: Literal["transformers", "vllm"] = "transformers"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -10,21 +10,37 @@ from raylp.evaluate.results import write_results
 from raylp.evaluate.scores import score_translations
 from raylp.generate.pool import Pool, batch_size_of, plan_workers
 from raylp.generate.schedule import even
+from raylp.ledger import (
+    TRANSLATION,
+    Ledger,
+    block_hash,
+    decoding_of,
+    said,
+    score_facts,
+    score_key,
+    shares,
+    unit_key,
+    write_segment,
+)
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
-from raylp.names import REPAIRED, kind_of
+from raylp.models.source import fingerprint
+from raylp.names import REPAIRED, choose_models, kind_of
 from raylp.progress import Task
+from raylp.rundir import RunDir
 
-BLOCK = 16  # sentences of a file of unfinished work
+BLOCK = 16  # sentences of a line of the ledger
 
 
 def evaluate(context: Context) -> dict[str, Any]:
-    """Writes translations/<model>/<test set>.jsonl and the scores. A block translated once is not translated again."""
+    """Writes translations/<model>/<test set>.jsonl and the scores. A block translated once, in this run or in one that
+    shares its cache, is not translated again.
+    """
     recipe, heal = context.recipe.evaluate, context.recipe.heal
     assert recipe is not None
-    models = context.models()
+    models = choose_models(recipe.models, context.models(), "evaluate.models")
     cluster.start(context.recipe.resources)
     described = {name: sizes(path) for name, path in models.items()}
     layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
@@ -36,11 +52,12 @@ def evaluate(context: Context) -> dict[str, Any]:
         for test_set, examples in context.splits.test.items()
         if not context.rundir.exists(f"translations/{name}/{test_set}.jsonl")
     ]
+    ledger = Ledger(context.rundir, RunDir(context.recipe.cache) if context.recipe.cache else None)
     with context.reporter.task("evaluate", sum(len(examples) for *_, examples in jobs)) as task:
         pool = Pool(layout, context.prompt.newline, context.rundir.logs(), batch_size=rows)
         try:
             for name, path, test_set, examples in jobs:
-                _translate(context, pool, task, name, path, test_set, examples, recipe.backend, dtype, rows)
+                _translate(context, ledger, pool, task, name, path, test_set, examples, recipe.backend, dtype, rows)
         finally:
             pool.close()
     statistics, metrics = score_translations(context, list(models), recipe.metrics)
@@ -113,6 +130,7 @@ def comparisons(names: list[str], in_turn: bool = False) -> list[tuple[str, str]
 
 def _translate(
     context: Context,
+    ledger: Ledger,
     pool: Pool,
     task: Task,
     name: str,
@@ -123,28 +141,39 @@ def _translate(
     dtype: str,
     rows: int,
 ) -> None:
-    """One model over one test set, at most `rows` sentences at a time; finished blocks are kept until all are there."""
+    """One model over one test set, at most `rows` sentences at a time; what any run with this ledger has translated
+    is taken from it.
+    """
     requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
-    parts = context.rundir.scratch(f"translations/{name}/{test_set}")
-    starts = range(0, len(examples), BLOCK)
-    missing = [start for start in starts if not (parts / f"{start}.jsonl").exists()]
-    task.advance(len(examples) - sum(min(BLOCK, len(examples) - start) for start in missing))
+    parts = {start: slice(start, start + BLOCK) for start in range(0, len(examples), BLOCK)}
+    model, decoding = fingerprint(path), decoding_of(context.prompt.chat)
+    facts = {}
+    for start, part in parts.items():
+        block = block_hash(requests[part], [example.target for example in examples[part]])
+        facts[start] = score_facts(model, (), block, TRANSLATION, backend, dtype, decoding)
+    missing = [start for start in parts if ledger.translated(unit_key(facts[start])) is None]
+    task.advance(len(examples) - sum(len(examples[parts[start]]) for start in missing))
     size = even(len(missing), max(1, rows // BLOCK), len(pool.workers))
     together = [missing[first : first + size] for first in range(0, len(missing), size)]
 
     def submit(worker: Any, some: list[int]) -> Any:
-        asked = [(requests[start : start + BLOCK], (), None) for start in some]
+        asked = [(requests[parts[start]], (), None) for start in some]
         return worker.translate_together.remote(str(path), backend, dtype, asked)
 
-    for some, (made, _) in pool.run(together, submit, task):
-        for start, outputs in zip(some, made, strict=True):
-            lines = [
-                {**example.as_dict(), "hypothesis": output.text, "finish": output.finish}
-                for example, output in zip(examples[start : start + BLOCK], outputs, strict=True)
-            ]
-            partial = parts / f".{start}.part"
-            partial.write_text(write_jsonl(lines), encoding="utf-8")
-            partial.replace(parts / f"{start}.jsonl")
-            task.advance(len(lines), f"{name} on {test_set}")
-    whole = "".join((parts / f"{start}.jsonl").read_text(encoding="utf-8") for start in starts)
-    context.rundir.write_text(f"translations/{name}/{test_set}.jsonl", whole)
+    for some, (made, seconds) in pool.run(together, submit, task):
+        lines = []
+        for start, outputs, share in zip(some, made, shares(seconds, made), strict=True):
+            rows_of = [[len(output.tokens)] for output in outputs]
+            line = {"key": score_key(facts[start]), **facts[start], "statistics": rows_of, "worker": "evaluate"}
+            lines.append(line | said(examples[start].pair, outputs, share))
+        write_segment(context.rundir, lines)
+        for line in lines:
+            ledger.remember(line)
+            task.advance(len(line["texts"]), f"{name} on {test_set}")
+    found = [ledger.translated(unit_key(facts[start])) for start in parts]
+    said_all = [pair for line in found if line for pair in zip(line["texts"], line["finish"], strict=True)]
+    whole = [
+        {**example.as_dict(), "hypothesis": text, "finish": finish}
+        for example, (text, finish) in zip(examples, said_all, strict=True)
+    ]
+    context.rundir.write_text(f"translations/{name}/{test_set}.jsonl", write_jsonl(whole))

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from raylp.data.tokens import Example
-from raylp.generate.base import LOOP_PERIOD, LOOP_REPEATS, LOOP_SPAN
-from raylp.ledger import Ledger, score_facts, score_key, unit_key, write_segment
+from raylp.ledger import TRANSLATION, Ledger, decoding_of, score_facts, score_key, unit_key, write_segment
 from raylp.metrics.ngram import Statistics
 from raylp.metrics.objective import FORCED, Objective
 from raylp.search.blocks import Block
 from raylp.search.plan import Removed
 from raylp.search.short_heal import ShortHeal, chosen_examples
-from raylp.search.worker import TRANSLATION, Force, HealAndTranslate, Translate, Weigh, Work
+from raylp.search.worker import Force, HealAndTranslate, Translate, Weigh, Work
 
 ROTATIONS = 20
 Compute = Callable[[list[Work]], Iterable[tuple[Work, list[dict[str, Any]]]]]
@@ -56,7 +55,7 @@ class LedgerEvaluator:
         self.gpus_per_worker, self.seed, self.encode, self.on_unit = gpus_per_worker, seed, encode, on_unit
         self.heals_on, self.short_heal, self.at_once = list(heals_on), short_heal, at_once
         self.sizes = [len(block) for block in self.blocks]
-        self.decoding = f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
+        self.decoding = decoding_of(chat)
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key
         self._said: dict[Any, float] = {}  # tokens said, as a share of their bound: by set, and by last layer
         self._noise: float | None = None

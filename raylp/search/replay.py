@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from raylp.errors import UserError
-from raylp.ledger import Ledger
+from raylp.ledger import TRANSLATION, Ledger
 from raylp.metrics.intervals import paired_difference
 from raylp.metrics.ngram import Statistics
 from raylp.metrics.objective import FORCED, Objective, usual_name
@@ -80,8 +80,8 @@ def read_recording(rundir: RunDir) -> Recording:
     default = next(iter(pair_of.values()), "xx-xx")
     objective = Objective.of(weights, [pair_of.get(line["block"], default) for line in here])
     table = {(frozenset(x["removed"]), x["block"], x["metric"]): x["statistics"] for x in here}
-    blocks = [line["block"] for line in here if not line["removed"]]
-    blocks = list(dict.fromkeys(blocks))
+    scored = [line["block"] for line in here if not line["removed"] and line["metric"] != TRANSLATION]  # not test text
+    blocks = list(dict.fromkeys(scored))
     rows, pairs = {}, [pair_of.get(block, default) for block in blocks for _ in _any(table, block)]
     for removed in {frozenset(candidate) for candidates in rounds for candidate in candidates}:
         parts = []

@@ -11,7 +11,7 @@ from raylp.data.tokens import Example
 from raylp.generate.base import Output
 from raylp.generate.pool import Worker
 from raylp.generate.schedule import even
-from raylp.ledger import score_key, write_segment
+from raylp.ledger import TRANSLATION, said, score_key, shares, write_segment
 from raylp.metrics.objective import load_metric
 from raylp.rundir import RunDir
 from raylp.search.blocks import Block
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 MAX_SCORERS = 16
 KEEP_BYTES = 1 << 30  # of states, over all scorers
-TRANSLATION = "translation"  # the metric of a line that only keeps translations; its rows count their tokens
 
 
 @dataclass(frozen=True)
@@ -188,29 +187,16 @@ def scored(
 ) -> list[dict[str, Any]]:
     """The lines of a translated block, one for each metric; the first keeps the translations."""
     texts = [output.text for output in outputs]
-    tokens = [len(output.tokens) for output in outputs]
     lines = []
     for name, facts in facts_by_name.items():
         if name == TRANSLATION:
-            rows: Sequence[Any] = [[count] for count in tokens]
+            rows: Sequence[Any] = [[len(output.tokens)] for output in outputs]
         else:
             metric = load_metric(name, split_pair(block.pair)[1])
             rows = metric.statistics(texts, block.references, block.sources).tolist()
         lines.append({"key": score_key(facts), **facts, "statistics": rows})
-    lines[0] |= {
-        "pair": block.pair,
-        "texts": texts,
-        "tokens": sum(tokens),
-        "finish": [output.finish for output in outputs],
-        "seconds": round(seconds, 4),
-    }
+    lines[0] |= said(block.pair, outputs, seconds)
     return lines
-
-
-def shares(seconds: float, made: Sequence[Sequence[Output]]) -> list[float]:
-    """The time of what was translated together, shared out by tokens."""
-    tokens = [sum(len(output.tokens) for output in outputs) for outputs in made]
-    return [seconds * own / max(1, sum(tokens)) for own in tokens]
 
 
 class SearchWorker(Worker):

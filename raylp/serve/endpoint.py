@@ -26,7 +26,7 @@ from raylp.errors import UserError
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options, kv_cache_bytes
 from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
-from raylp.names import CUT_KINDS
+from raylp.names import choose_models
 from raylp.serve.config import Serve
 from raylp.serve.gate import read_keys
 
@@ -79,25 +79,6 @@ def usage(context: Context, url: str, names: Sequence[str]) -> str:
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     example = f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"
     return f"{url}/v1  models: {', '.join(names)}  page: {url}/  try: {example}"
-
-
-def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: str) -> dict[str, Path]:
-    """The models called `wanted`, in that order; all for None. `healed`, `pruned` and the like mean the run's one.
-
-    Raises:
-        UserError: the run has no such model; `key` is the place in the recipe.
-    """
-    if wanted is None:
-        return dict(there)
-    chosen: dict[str, Path] = {}
-    for name in wanted:
-        # The latest of a kind is the one with the fewest layers.
-        kind = sorted((n for n in there if n.startswith(f"{name}-")), key=lambda n: (len(n), n))
-        found = name if name in there else kind[0] if name in CUT_KINDS and kind else None
-        if found is None:
-            raise UserError(f"{key}: the run has no model {name!r}; it has {', '.join(there)}")
-        chosen[found] = there[found]
-    return chosen
 
 
 @dataclass(frozen=True)
