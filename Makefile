@@ -8,7 +8,7 @@ IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup comet demo test test-faults lint types format lock clean
+.PHONY: help setup comet quantize demo test test-faults lint types format lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -19,7 +19,10 @@ setup: ## Create .venv and install everything into it (2 to 10 minutes; at once 
 	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash scripts/setup.sh
 
 comet: ## Create .venv-comet, the environment COMET runs in
-	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash scripts/setup_comet.sh
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash scripts/setup_beside.sh comet
+
+quantize: ## Create .venv-quantize, the environment llm-compressor quantises in
+	@PYTHON="$(PYTHON)" STACK="$(STACK)" bash scripts/setup_beside.sh quantize
 
 demo: setup ## Prune, heal, evaluate and serve Gemma 3 270M into runs/demo
 	@$(IN_VENV) raylp run recipes/demo.yaml $(ARGS)
@@ -45,5 +48,5 @@ lock: setup ## Resolve requirements/*.in anew into requirements/*.txt
 	@bash scripts/lock.sh
 
 clean: ## Remove the environments and caches (runs/ stays)
-	rm -rf .venv .venv-comet .mypy_cache .pytest_cache .ruff_cache .hypothesis build raylp.egg-info
+	rm -rf .venv .venv-comet .venv-quantize .mypy_cache .pytest_cache .ruff_cache .hypothesis build raylp.egg-info
 	find raylp tests jobs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

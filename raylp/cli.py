@@ -136,6 +136,16 @@ def heal(recipe: RecipeArgument, overrides: SetOption = []) -> None:
 
 
 @app.command()
+def quantize(recipe: RecipeArgument, overrides: SetOption = []) -> None:
+    """Models of the run in fewer bits: the recipe's quantize.models by each of quantize.schemes.
+
+    Example: `raylp run recipes/demo.yaml --set 'quantize.schemes=[w8a8, gptq]' --set run_dir=runs/quantised`, or with
+    this verb that stage of it alone.
+    """
+    _run(recipe, overrides, "quantize")
+
+
+@app.command()
 def evaluate(recipe: RecipeArgument, overrides: SetOption = []) -> None:
     """Translate the test sets with every model of the run, and score.
 

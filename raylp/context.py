@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raylp.data.corpus import Pair
 from raylp.data.prompt import Prompt
-from raylp.names import CUT_KINDS, kind_of
+from raylp.names import CUT_KINDS, kind_of, whole_of
 from raylp.progress import Reporter
 from raylp.recipe import Recipe
 from raylp.rundir import RunDir
@@ -65,5 +65,9 @@ class Context:
         for kind in (*CUT_KINDS, "baseline-healed"):
             for name in names:
                 if kind_of(name) == kind and self.rundir.complete(f"models/{name}"):
+                    found[name] = self.rundir.local(f"models/{name}")
+        for whole in list(found):
+            for name in names:
+                if whole_of(name) == whole != name and self.rundir.complete(f"models/{name}"):
                     found[name] = self.rundir.local(f"models/{name}")
         return found

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from raylp import cluster
 from raylp.metrics.comet import comet_python, comet_version
+from raylp.quantize.compressor import compressor_python, compressor_version
 
 GIB = 2**30
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
@@ -61,6 +62,7 @@ def checks() -> list[Check]:
         check_deepspeed(env, stack),
         check_compiler(),
         check_comet(comet_python(env)),
+        check_compressor(compressor_python(env)),
         check_demo_model(installed),
         *check_machine(),
         check_logical_cpus(env),
@@ -224,6 +226,17 @@ def check_comet(python: Path) -> Check:
     if version is None:
         return Check("COMET", None, f"{python} has no unbabel-comet", f"rm -r {python.parent.parent}, then make comet")
     return Check("COMET", True, f"{version}, {python}")
+
+
+def check_compressor(python: Path) -> Check:
+    """Only quantising to w8a8, gptq, awq and fp8 needs it."""
+    if not python.exists():
+        return Check("llm-compressor", None, f"no {python}: quantises to int8 and nf4 only", "make quantize")
+    version = compressor_version(python)
+    if version is None:
+        remedy = f"rm -r {python.parent.parent}, then make quantize"
+        return Check("llm-compressor", None, f"{python} has no llmcompressor", remedy)
+    return Check("llm-compressor", True, f"{version}, {python}")
 
 
 def check_demo_model(installed: Mapping[str, str]) -> Check:

@@ -26,6 +26,7 @@ START_S = {
     "distill": 60,
     "adapt": 60,
     "heal": 120,
+    "quantize": 60,
     "evaluate": 20,
     "bench": 120,
 }
@@ -74,6 +75,8 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     depths = num_depths(context) if recipe.search is not None else 0
     repaired = depths * len(recipe.repair.methods) if recipe.repair is not None else 0
     models = 1 + depths + repaired + (depths + recipe.heal.baseline if recipe.heal is not None else 0)
+    quantised = len(recipe.quantize.models) * len(recipe.quantize.schemes) if recipe.quantize is not None else 0
+    models += quantised
     rows: dict[str, dict[str, Any]] = {}
     for stage in wanted_stages(recipe):
         evaluations = sentences = 0
@@ -95,6 +98,9 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
             sentences = len(context.splits.train) * both * recipe.heal.epochs * trained
             tokens = sentences * per_sentence
             scale = TRAINING_OVER_GENERATION
+        elif stage.name == "quantize" and recipe.quantize is not None:
+            sentences = quantised * recipe.quantize.sentences
+            tokens = sentences * per_sentence
         elif stage.name == "evaluate":
             evaluations = models * len(context.splits.test)
             sentences = models * sum(len(examples) for examples in context.splits.test.values())

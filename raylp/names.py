@@ -7,6 +7,8 @@ from raylp.errors import UserError
 
 # By method of the recipe's `repair` section, the kind of model it makes.
 REPAIRED = {"compensate": "compensated", "merge": "merged", "concatenate": "concatenated"}
+# How weights may be quantised (`raylp.quantize.schemes`); `healed-14-gptq` is healed-14 in 4 bits.
+SCHEMES = ("w8a8", "gptq", "awq", "fp8", "int8", "nf4")
 # Models with layers removed, in the order of reports; `pruned-15` has 15 left.
 CUT_KINDS = ("pruned", *REPAIRED.values(), "healed")
 
@@ -15,6 +17,12 @@ def kind_of(name: str) -> str:
     """`pruned-15` is `pruned`; `baseline-healed` is itself."""
     stem, _, tail = name.rpartition("-")
     return stem if stem and tail.isdigit() else name
+
+
+def whole_of(name: str) -> str:
+    """The model that `name` is a quantised form of, or `name` itself."""
+    stem, _, tail = name.rpartition("-")
+    return stem if stem and tail in SCHEMES else name
 
 
 def choose_models(wanted: Sequence[str] | None, there: Mapping[str, Path], key: str) -> dict[str, Path]:

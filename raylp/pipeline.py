@@ -24,7 +24,7 @@ from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
-from raylp.names import REPAIRED
+from raylp.names import REPAIRED, choose_models
 from raylp.progress import Reporter, heartbeat
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
@@ -70,6 +70,7 @@ def _repairs(recipe: Recipe) -> bool:
 
 
 MODELS = ("adapt", "prune", "repair", "heal")
+RESULTS = (*MODELS, "quantize")
 
 STAGES = (
     Stage("adapt", ("heal",), (), ("train",), _late("raylp.heal.stage", "adapt"), _heals("before", "both")),
@@ -85,8 +86,9 @@ STAGES = (
         _late("raylp.heal.stage", "heal"),
         _heals("after", "both"),
     ),
-    Stage("evaluate", ("evaluate",), MODELS, ("test",), _late("raylp.evaluate.stage", "evaluate"), _has("evaluate")),
-    Stage("bench", ("bench", "serve"), MODELS, ("test",), _late("raylp.bench.stage", "bench"), _has("bench")),
+    Stage("quantize", ("quantize",), MODELS, ("train",), _late("raylp.quantize.stage", "quantize"), _has("quantize")),
+    Stage("evaluate", ("evaluate",), RESULTS, ("test",), _late("raylp.evaluate.stage", "evaluate"), _has("evaluate")),
+    Stage("bench", ("bench", "serve"), RESULTS, ("test",), _late("raylp.bench.stage", "bench"), _has("bench")),
 )
 
 
@@ -104,6 +106,8 @@ def read_by(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     if stage.name == "heal" and recipe.heal is not None:
         learned = stage.splits if recipe.heal.data != "teacher" else ()
         return (*learned, "dev") if recipe.heal.looks_at_dev else learned
+    if stage.name == "quantize" and recipe.quantize is not None:
+        return stage.splits if recipe.quantize.calibrated else ()
     heals = stage.name == "search" and recipe.search is not None and recipe.search.heals
     return (*stage.splits, "train") if heals else stage.splits
 
@@ -160,6 +164,10 @@ def open_context(recipe: Recipe, reporter: Reporter) -> Context:
         from raylp.distill.stage import check as check_distill
 
         check_distill(context)
+    if recipe.quantize is not None and not rundir.exists("evaluate.json"):
+        from raylp.quantize.stage import check as check_quantize
+
+        check_quantize(context)
     return context
 
 
@@ -295,6 +303,10 @@ def outputs_there(context: Context, stage: str) -> bool:
     files = {"search": "plan.json", "evaluate": "evaluate.json", "bench": "bench.json"}
     if context.recipe.heal is not None and context.recipe.heal.baseline:
         models["heal"].append("baseline-healed")
+    if stage == "quantize" and context.recipe.quantize is not None:
+        section = context.recipe.quantize
+        chosen = choose_models(section.models, context.models(), "quantize.models")
+        models[stage] = [f"{name}-{scheme}" for name in chosen for scheme in section.schemes]
     if stage in models:
         return all(rundir.complete(f"models/{name}") for name in models[stage])
     return rundir.complete("distill") if stage == "distill" else rundir.exists(files[stage])
@@ -391,6 +403,8 @@ def needed_disk(context: Context) -> int:
         when, baseline = context.recipe.heal.when, context.recipe.heal.baseline
         copies += (num_depths(context) + baseline if when != "before" else 0) + (when != "after")
         checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
+    if context.recipe.quantize is not None:
+        copies += len(context.recipe.quantize.models) * len(context.recipe.quantize.schemes)
     there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))
     left = max(0, copies - there)
     return left * size + (checkpoints if left else 0) + 200_000_000

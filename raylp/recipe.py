@@ -19,6 +19,7 @@ from raylp.evaluate.config import Evaluate
 from raylp.heal.config import FREE as HEAL_FREE
 from raylp.heal.config import Heal
 from raylp.names import REPAIRED
+from raylp.quantize.config import Quantize
 from raylp.repair.config import Repair
 from raylp.search.config import Search
 from raylp.serve.config import Serve
@@ -125,6 +126,7 @@ class Recipe(Section):
     repair: Repair | None = None
     distill: Distill | None = None
     heal: Heal | None = None
+    quantize: Quantize | None = None
     evaluate: Evaluate | None = None
     serve: Serve = Serve()
     bench: Bench | None = None
@@ -184,7 +186,7 @@ class Recipe(Section):
         return self
 
 
-_EMPTY_STAGES = ("search", "repair", "distill", "heal", "evaluate", "bench", "serve", "resources", "prompt")
+_EMPTY_STAGES = ("search", "repair", "distill", "heal", "quantize", "evaluate", "bench", "serve", "resources", "prompt")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -15,6 +15,7 @@ NEVER_SENT = [
     ".git",
     ".venv",
     ".venv-comet",
+    ".venv-quantize",
     "runs",
     ".mypy_cache",
     ".pytest_cache",

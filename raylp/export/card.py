@@ -12,6 +12,8 @@ from raylp.data.languages import language_name, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import read_card
 from raylp.models.source import licence
+from raylp.names import kind_of, whole_of
+from raylp.quantize.schemes import SCHEMES, Scheme
 from raylp.report import numbers
 from raylp.report.contents import Contents, Model, read_contents
 from raylp.report.search_words import (
@@ -141,7 +143,7 @@ def training_sentences(facts: ModelFacts) -> list[str]:
     repaired = (facts.card.get("repair") or {}).get("method")
     said = [REPAIRS[repaired]] if repaired in REPAIRS else []
     heal = facts.contents.recipe.get("heal") or {}
-    kind = facts.model.kind
+    kind = kind_of(whole_of(facts.name))
     if not heal or kind not in ("healed", "baseline-healed", "adapted"):
         return said
     distill = facts.contents.recipe.get("distill") or {}
@@ -156,6 +158,11 @@ def training_sentences(facts: ModelFacts) -> list[str]:
     return [*said, f"Trained on {on} ({how})."]
 
 
+def scheme_of(facts: ModelFacts) -> Scheme | None:
+    """How the weights are quantised, if they are."""
+    return SCHEMES.get((facts.card.get("quantized") or {}).get("scheme", ""))
+
+
 def model_card(facts: ModelFacts) -> str:
     """README.md for the checkpoint, with the front matter of the model hub."""
     environment = Environment(
@@ -166,8 +173,9 @@ def model_card(facts: ModelFacts) -> str:
         autoescape=False,
     )
     contents = facts.contents
-    shown = [*(contents.model(name) for name in BESIDE if name != facts.name), facts.model]
-    pair = facts.pairs[0]
+    beside = dict.fromkeys((*BESIDE, whole_of(facts.name)))
+    shown = [*(contents.model(name) for name in beside if name != facts.name), facts.model]
+    pair, scheme = facts.pairs[0], scheme_of(facts)
     known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", facts.licence)
     return environment.get_template("card.md.jinja").render(
         facts=facts,
@@ -175,6 +183,8 @@ def model_card(facts: ModelFacts) -> str:
         num_layers=contents.plan.num_layers if contents.plan else None,
         chosen=choice_sentences(facts),
         trained=training_sentences(facts),
+        scheme=scheme,
+        engine=scheme.engine if scheme else None,
         hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not Path(facts.base).exists() else None,
         ancestors=[(shareable(model.name), list(model.removed)) for model in facts.line],
         licence_id=facts.licence if known else "other",
@@ -184,7 +194,7 @@ def model_card(facts: ModelFacts) -> str:
         models=[model for model in shown if model is not None],
         places=[(t, m) for t in contents.test_sets for m in contents.metrics if facts.model.score(t, m)],
         settings=[setting for setting in contents.settings if setting in facts.model.speed],
-        differences=[c for c in contents.comparisons if facts.name in (c.a, c.b) and {c.a, c.b} & set(BESIDE)],
+        differences=[c for c in contents.comparisons if facts.name in (c.a, c.b) and {c.a, c.b} & set(beside)],
         data=contents.manifest.get("data") or {},
         versions=contents.manifest.get("versions") or {},
         machine=contents.manifest.get("machine") or {},

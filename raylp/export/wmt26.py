@@ -17,11 +17,12 @@ from packaging.requirements import Requirement
 import raylp
 from raylp.data.languages import split_pair
 from raylp.errors import UserError
-from raylp.export.card import ModelFacts, shareable
+from raylp.export.card import ModelFacts, scheme_of, shareable
 from raylp.rundir import RunDir
 
 # What `raylp translate` imports. vllm is installed where there is a GPU.
 NEEDED = ("numpy", "pydantic", "pyyaml", "safetensors", "torch", "transformers", "typer")
+FOR_BITS = ("accelerate", "bitsandbytes")  # and for models that bitsandbytes has quantised
 BASE = "base"  # beside the recipe, where the base is no model that others can name
 SCRIPTS = ("setup.sh", "run.sh", "compress.sh")
 # The task's codes, and those that a run may name the same languages by.
@@ -57,7 +58,9 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         file.write_text(environment.get_template(f"{script}.jinja").render(values), encoding="utf-8")
         file.chmod(0o755)
     (target / "README.md").write_text(environment.get_template("wmt26.md.jinja").render(values), encoding="utf-8")
-    lines = [f"{name}=={_version(name)}" for name in NEEDED if name != "torch"]
+    scheme = scheme_of(facts)
+    needed = (*NEEDED, *(FOR_BITS if scheme and scheme.maker == "bitsandbytes" else ()))
+    lines = [f"{name}=={_version(name)}" for name in needed if name != "torch"]
     (target / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     package = Path(raylp.__file__).parent
     shutil.copytree(package, target / "workdir" / "code" / "raylp", ignore=shutil.ignore_patterns("__pycache__"))

@@ -17,6 +17,7 @@ from raylp.generate.base import Asked, Generator, Output, Request
 from raylp.generate.layout import Layout, on_cpus, on_gpus
 from raylp.generate.schedule import Pace, most_copies
 from raylp.progress import Task
+from raylp.quantize.engines import check_engine
 from raylp.recipe import Resources
 
 MAX_TRIES = 5  # workers lost over one unit: with fewer, kills from outside pass for a unit that kills its worker
@@ -42,6 +43,7 @@ def make_generator(
     Raises:
         UserError: the backend cannot load the model, or not onto several GPUs.
     """
+    check_engine(path, backend)
     if backend == "vllm":
         from raylp.generate.vllm_engine import GPU_MEMORY, VLLMGenerator
 

@@ -16,6 +16,7 @@ from raylp.errors import UserError
 from raylp.generate.base import Generator, Output, Request
 from raylp.models.checkpoint import CARD, read_card
 from raylp.models.load import load_model, load_tokenizer, max_positions, stored_dtype
+from raylp.quantize.engines import check_engine, engine_of
 
 VLLM_LENGTH = 1024
 
@@ -40,9 +41,10 @@ def translate(
     """
     split_pair(pair)
     if backend == "auto":
-        backend = quickest_backend()
+        backend = engine_of(model_path) or quickest_backend()
     if not (model_path / "config.json").exists():
         raise UserError(f"model {model_path}: no checkpoint is there (config.json and *.safetensors in a directory)")
+    check_engine(model_path, backend)
     prompt = read_prompt(model_path)
     tokenizer = load_tokenizer(model_path)
     room = max_positions(model_path) or 2**31
@@ -160,7 +162,8 @@ def _generator(path: Path, backend: str, dtype: str, newline: bool, batch_size: 
 
     gpu = torch.cuda.is_available()
     if dtype == "auto":
-        dtype = stored_dtype(path) if gpu else "float32"
+        # What vLLM alone runs is quantised, and its rest is stored in bfloat16.
+        dtype = stored_dtype(path) if gpu or engine_of(path) == "vllm" else "float32"
     if backend == "vllm":
         from raylp.generate.vllm_engine import VLLMGenerator
 

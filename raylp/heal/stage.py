@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from raylp.models.checkpoint import card_for, read_card
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import kind_of
+from raylp.process import run_apart
 from raylp.progress import Task
 from raylp.rundir import RunDir
 from raylp.search.prune import prune_leg
@@ -456,11 +456,5 @@ def _merge(
     note.write_text(json.dumps(card, ensure_ascii=False))
     log = context.rundir.logs() / f"heal-{name}-merge.log"
     command = [sys.executable, "-m", "raylp.heal.trainable", *map(str, (source, trained, target, note))]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-        while process.poll() is None:
-            task.beat()
-            time.sleep(POLL_S / 4)
-    if process.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it was killed"]
-        raise UserError(f"heal {name}: the trained weights could not be merged: {lines[-1]}; log: {log}", 1)
+    if problem := run_apart(command, log, task.beat):
+        raise UserError(f"heal {name}: the trained weights could not be merged: {problem}; log: {log}", 1)

@@ -165,9 +165,19 @@ def stack_size(path: Path) -> int:
     return int(read_config(path).get_text_config(decoder=True).num_hidden_layers)
 
 
+def quantised_layers(path: Path) -> int:
+    """How many linear layers of the checkpoint in `path` are quantised: each has scales beside its weights."""
+    marks = (".weight_scale", ".SCB", ".weight.absmax")
+    return sum(name.endswith(marks) for name in _entries(path))
+
+
 def sizes(path: Path) -> dict[str, int]:
-    """`layers`, `params` and `bytes` of the checkpoint in `path`, as results.json has them."""
+    """`layers`, `params` and `bytes` of the checkpoint in `path`, as results.json has them.
+
+    A quantised one has the parameters of the model it was made from.
+    """
     parameters, size = count_parameters(path)
+    parameters = ((read_card(path) or {}).get("quantized") or {}).get("params", parameters)
     return {"layers": stack_size(path), "params": parameters, "bytes": size}
 
 

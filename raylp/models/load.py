@@ -99,25 +99,36 @@ def load_model(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Quantised weights are put on their device as they are read, and cannot be moved.
+    quantised = getattr(read_config(path), "quantization_config", None) is not None
     model = model_class(path).from_pretrained(
-        path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
+        path,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+        **({"device_map": {"": device}} if quantised else {}),
     )
-    return model.to(device).eval().requires_grad_(False)
+    return (model if quantised else model.to(device)).eval().requires_grad_(False)
 
 
-def load_quantised(path: Path, dtype: str = "float32", device: str = "cpu") -> Any:
-    """The model with its linear layers in 4 bits (nf4, quantised twice), computing in `dtype`; to train adapters on."""
+def load_quantised(path: Path, dtype: str = "float32", device: str = "cpu", scheme: str = "nf4") -> Any:
+    """The model with its linear layers quantised by bitsandbytes, computing in `dtype`: to 4 bits (`nf4`, quantised
+    twice) or to 8 (`int8`).
+    """
     import torch
     from transformers import BitsAndBytesConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
+    if scheme == "int8":
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
     model = model_class(path).from_pretrained(
         path,
         dtype=getattr(torch, dtype),

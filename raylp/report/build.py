@@ -8,6 +8,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
+from raylp.names import whole_of
+from raylp.quantize.schemes import SCHEMES
 from raylp.report import facts as derive
 from raylp.report import numbers, plots
 from raylp.report.contents import (
@@ -372,7 +374,12 @@ def descriptions(contents: Contents) -> list[tuple[str, str]]:
         "concatenated": "layers removed, their most important channels put into a neighbour (CoMe)",
         "healed": "layers removed, then healed",
     }
-    return [(model.name, known[model.kind]) for model in contents.models if model.kind in known]
+    found = [(model.name, known[model.kind]) for model in contents.models if model.kind in known]
+    for model in contents.models:
+        if (whole := whole_of(model.name)) != model.name:
+            scheme = SCHEMES[model.name.rpartition("-")[2]]
+            found.append((model.name, f"{whole} with {scheme.what}; by {scheme.maker}, run by {scheme.engine}"))
+    return found
 
 
 def _mapping(value: Any) -> dict[str, Any]:

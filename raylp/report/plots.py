@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from raylp.names import SCHEMES, kind_of, whole_of
 from raylp.report import numbers
 from raylp.report.contents import Candidate, HealLog, Model, Plan, Round, Stat
 from raylp.report.facts import SPEED_MEASURES, Gain, pareto_front
@@ -38,6 +39,7 @@ STYLES = {
 # Who is set against whom: lines in the plot of quality join these.
 FAMILIES = {"baseline": "pruned", "pruned": "pruned", "baseline-healed": "healed", "healed": "healed"}
 OTHERS = (("#8b5fbf", "v"), ("#b0506d", "P"), ("#6b8e23", "X"))
+SCHEME_MARKERS = ("p", "*", "h", "<", ">", "d")
 WIDTH = 6.4
 # One hue from light to dark, so that it reads without seeing colours, and in print.
 # So few steps that the scale beside the map is drawn and not embedded as an image.
@@ -539,6 +541,9 @@ def style(model: Model) -> tuple[str, str]:
     """Colour and marker of a model, the same in every plot."""
     if model.kind in STYLES:
         return STYLES[model.kind]
+    if (whole := kind_of(whole_of(model.name))) in STYLES:  # quantised: its model's colour, a marker of its scheme's
+        scheme = model.name.rpartition("-")[2]
+        return STYLES[whole][0], SCHEME_MARKERS[SCHEMES.index(scheme)]
     return OTHERS[sum(model.name.encode()) % len(OTHERS)]
 
 

@@ -27,6 +27,7 @@ from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options
 from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
+from raylp.quantize.engines import engine_of, run_by
 from raylp.serve.config import Serve
 from raylp.serve.gate import read_keys
 
@@ -54,7 +55,7 @@ def serve(context: Context, out: TextIO) -> None:
         UserError: see `endpoint`.
     """
     config = context.recipe.serve
-    models = choose_models(config.models, context.models(), "serve.models")
+    models = served(config, context.models())
     stop = threading.Event()
     with ExitStack() as stack:
         with context.reporter.task("starting the endpoint") as task:
@@ -66,6 +67,21 @@ def serve(context: Context, out: TextIO) -> None:
         while not stop.wait(BEAT_S):
             continue
         context.reporter.line("shutting the endpoint down")
+
+
+def served(config: Serve, there: Mapping[str, Path]) -> dict[str, Path]:
+    """The models that are asked for, or of all of them those that vLLM runs.
+
+    Raises:
+        UserError: the run has no such model, or vLLM does not run it.
+    """
+    return run_by("vllm", choose_models(config.models, there, "serve.models"), config.models is not None)
+
+
+def weights_bytes(path: Path, dtype: str) -> int:
+    """What the weights in `path` take in an engine: as they are stored where they are quantised, else in `dtype`."""
+    parameters, size = count_parameters(path)
+    return size if engine_of(path) else parameters * BYTES_PER_WEIGHT[dtype]
 
 
 def usage(context: Context, url: str, names: Sequence[str]) -> str:
@@ -113,7 +129,7 @@ def endpoint(
     what = f"serving {', '.join(models)} ({engines} engines)" if engines > 1 else f"serving {next(iter(models))}"
     cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus * config.tensor_parallel)
     if gpus == 0 and _num_nodes() == 1:
-        weights = [config.replicas * count_parameters(path)[0] * BYTES_PER_WEIGHT[dtype] for path in models.values()]
+        weights = [config.replicas * weights_bytes(path, dtype) for path in models.values()]
         processes = SERVE_BYTES + sum(config.replicas * engine_bytes(path) for path in models.values())
         sequences = num_sequences(config)
         caches = sum(
@@ -247,7 +263,7 @@ def deploy_file(context: Context) -> str:
         UserError: the run has no such model.
     """
     config = context.recipe.serve
-    models = choose_models(config.models, context.models(), "serve.models")
+    models = served(config, context.models())
     engines = len(models) * config.replicas
     if config.port == 0:
         raise UserError("serve.port: 0 means any free port, which a file for a cluster cannot say: choose one")

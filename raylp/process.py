@@ -1,0 +1,27 @@
+"""Work in a process of its own, which gives its memory back when it ends."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+POLL_S = 0.25
+
+
+def run_apart(command: Sequence[str], log: Path, beat: Callable[[], None]) -> str | None:
+    """Runs `command`, its output in `log`, calling `beat` while it goes on; the last line it said where it failed."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        try:
+            while process.poll() is None:
+                beat()
+                time.sleep(POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+    if not process.returncode:
+        return None
+    lines = log.read_text(errors="replace").strip().splitlines()
+    if process.returncode < 0 or not lines:
+        return f"it was ended by signal {-process.returncode}, perhaps for want of memory"
+    return lines[-1]

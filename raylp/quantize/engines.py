@@ -1,0 +1,41 @@
+"""Which engine runs a checkpoint that is quantised."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from raylp.errors import UserError
+from raylp.models.checkpoint import read_card
+from raylp.quantize.schemes import SCHEMES
+
+
+def quantised(path: Path) -> str | None:
+    """The scheme of the checkpoint in `path`, or None where it is not one of raylp's quantised ones."""
+    card = read_card(path) or {}
+    return (card.get("quantized") or {}).get("scheme")
+
+
+def engine_of(path: Path) -> str | None:
+    """The one engine that runs the checkpoint in `path`, or None where any does."""
+    scheme = quantised(path)
+    return SCHEMES[scheme].engine if scheme else None
+
+
+def check_engine(path: Path, engine: str) -> None:
+    """Refuses what cannot work.
+
+    Raises:
+        UserError: the checkpoint is quantised in a way that `engine` does not run.
+    """
+    if (own := engine_of(path)) not in (None, engine):
+        raise UserError(
+            f"model {path.name}: quantised as {quantised(path)}, which {own} runs and {engine} does not: choose "
+            f"backend {own}"
+        )
+
+
+def run_by(engine: str, models: Mapping[str, Path], named: bool) -> dict[str, Path]:
+    """Of `models` those that `engine` runs; the others are left out, or refused where they were asked for by name."""
+    if named:
+        for path in models.values():
+            check_engine(path, engine)
+    return {name: path for name, path in models.items() if engine_of(path) in (None, engine)}
