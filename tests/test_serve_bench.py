@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import browser
 import httpx
 import numpy as np
 import pyarrow.parquet
@@ -508,6 +509,8 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
         speaks_openai(url)
         translates(url, context)
         refuses(url)
+        if browser.missing() is None:
+            shows(url, tmp_path / "page.png")
         example = shlex.split(usage(context, url, list(models)).partition("try: ")[2])
         answer = httpx.post(example[1], json=json.loads(example[-1]), timeout=60)
         assert example[0] == "curl" and answer.json()["model"] == PRUNED
@@ -632,6 +635,32 @@ def translates(url: str, context: Context) -> None:
     said = httpx.get(f"{url}/metrics").text
     assert 'raylp_requests_total{path="/translate",status="200"} 3.0' in said
     assert "access-control-allow-origin" not in page.headers, "no other page may ask"
+
+
+def shows(url: str, picture: Path) -> None:
+    """The page in a real browser: two models side by side with their times, another choice, and what is refused."""
+    row = toy.toy_splits()["test"][0]
+    with browser.browser() as page:
+        page.open(f"{url}/")
+        page.type("#sentence", row["source"])
+        page.click("#go")
+        assert [time.split(": ")[0] for time in page.wait(".time", all)] == ["baseline", PRUNED]
+        assert page.texts(".text") == [row["target"]] * 2
+        assert page.complaints() == []
+        page.type(".side:nth-of-type(2) select", "auto")
+        page.type("#sentence", "\ue007")  # Enter
+        page.wait(".time", lambda times: times[1].startswith("baseline: ") and times[1].endswith(" ms"))
+        page.picture(picture)
+        page.type("#sentence", f" {row['source']}" * 30)
+        page.click("#go")
+        page.wait(".time", lambda times: all(time.endswith(", the sentence was cut") for time in times))
+    assert picture.stat().st_size > 5000
+
+
+def test_a_browser_sees_the_page() -> None:
+    """It does where there is one, in the test of the endpoint."""
+    if program := browser.missing():
+        pytest.skip(f"no {program}: on Debian and Ubuntu, apt install chromium chromium-driver")
 
 
 LONG = {"model": "baseline", "prompt": "a", "max_tokens": 100, "min_tokens": 100, "ignore_eos": True}
