@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
+from processes import cpu_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -28,21 +29,13 @@ from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
 from raylp.generate.vllm_engine import cpu_options
+from raylp.names import choose_models
 from raylp.pipeline import open_context
 from raylp.progress import Reporter
 from raylp.recipe import load_recipe
-from raylp.serve.endpoint import choose_models, endpoint, engine_length, num_sequences, serve_dtype
+from raylp.serve.endpoint import endpoint, engine_length, num_sequences, serve_dtype
 
 START_S = 300
-# A process by a part of its command line; the first that fits.
-KINDS = {
-    "ray::ProxyActor": "proxy",
-    "RunIngress": "ingress",
-    "LLMServer": "replica",
-    "ServeController": "controller",
-    "VLLM::": "engine",
-    "api_server": "bare server",
-}
 
 
 def main() -> None:
@@ -125,18 +118,6 @@ class bare_vllm:  # noqa: N801
             child.kill()
         self.process.kill()
         self.process.wait()
-
-
-def cpu_seconds() -> Counter[str]:
-    """CPU time so far by kind of process."""
-    found: Counter[str] = Counter()
-    for process in psutil.process_iter(["cmdline", "cpu_times"]):
-        line = " ".join(process.info["cmdline"] or [])
-        times = process.info["cpu_times"]
-        kind = next((kind for part, kind in KINDS.items() if part in line), None)
-        if kind and times:
-            found[kind] += times.user + times.system
-    return found
 
 
 def print_table(
