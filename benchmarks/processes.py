@@ -1,6 +1,7 @@
 """What the processes of an endpoint take, by their kind."""
 
 from collections import Counter
+from typing import Any
 
 import psutil
 
@@ -28,7 +29,7 @@ def by_kind() -> dict[str, list[psutil.Process]]:
 
 def cpu_seconds() -> Counter[str]:
     """CPU time so far by kind of process."""
-    found: Counter[str] = Counter()
+    found: Any = Counter()
     for kind, processes in by_kind().items():
         for process in processes:
             try:
