@@ -8,7 +8,10 @@ from raylp.errors import UserError
 # By method of the recipe's `repair` section, the kind of model it makes.
 REPAIRED = {"compensate": "compensated", "merge": "merged", "concatenate": "concatenated"}
 # How weights may be quantised (`raylp.quantize.schemes`); `healed-14-gptq` is healed-14 in 4 bits.
-SCHEMES = ("w8a8", "gptq", "awq", "fp8", "int8", "nf4")
+SCHEMES = (
+    *("w8a8", "gptq", "awq", "fp8", "int8", "nf4"),
+    *("fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8"),
+)
 # Models with layers removed, in the order of reports; `pruned-15` has 15 left.
 CUT_KINDS = ("pruned", *REPAIRED.values(), "healed")
 

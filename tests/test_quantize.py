@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from raylp.names import SCHEMES as NAMES
 from raylp.names import choose_models, kind_of, whole_of
 from raylp.pipeline import run
 from raylp.progress import Reporter
-from raylp.quantize.engines import engine_of, run_by
+from raylp.quantize.config import Quantize
+from raylp.quantize.engines import engine_of, engine_options, run_by
 from raylp.quantize.schemes import SCHEMES
 from raylp.recipe import load_recipe, parse_recipe
 from raylp.report.build import report
@@ -165,6 +167,26 @@ def test_the_card_says_how_it_is_quantised_and_what_runs_it(bits: tuple[Path, di
     assert (
         f"{PRUNED} with 4-bit normal floats, quantised twice; by bitsandbytes" in Path(report(place, None)).read_text()
     )
+
+
+def test_what_vllm_quantises_itself_takes_no_room_twice(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without the GPU that runs it, only the checkpoint can be looked at."""
+    from raylp.pipeline import open_context
+    from raylp.quantize.stage import quantize
+
+    recipe = parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path / "run"))
+    section = Quantize(models=["baseline"], schemes=["fp8_per_channel"])
+    context = open_context(recipe, Reporter(quiet=True))
+    quantize(replace(context, recipe=recipe.model_copy(update={"quantize": section})))
+    made = tmp_path / "run/models/baseline-fp8_per_channel"
+    assert (made / "model.safetensors").samefile(toy_checkpoint / "model.safetensors")
+    assert engine_options(made) == {"quantization": "fp8_per_channel"} and engine_options(toy_checkpoint) == {}
+    assert (engine_of(made), whole_of(made.name)) == ("vllm", "baseline")
+    assert read_card(toy_checkpoint) is None, "the card is the variant's alone"
+    found = ideal({"baseline": toy_checkpoint, made.name: made}, [1], 10, 2)
+    assert found[made.name]["bytes"]["layers"] == found["baseline"]["bytes"]["layers"] / 2
 
 
 def test_names() -> None:

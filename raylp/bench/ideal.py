@@ -77,7 +77,7 @@ def work(path: Path) -> Work:
         attention_per_token=2 * config.num_attention_heads * head_dim(config) * config.num_hidden_layers,
         experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,
         num_experts=_num_experts(config) if experts else 0,
-        packed_bytes=sum(layer_costs(path).bytes) if quantised else None,
+        packed_bytes=_packed_bytes(path, quantised) if quantised else None,
     )
 
 
@@ -109,6 +109,13 @@ def ideal(models: dict[str, Path], concurrency: Sequence[int], context: float, b
         }
         for name, own in works.items()
     }
+
+
+def _packed_bytes(path: Path, quantised: dict[str, Any]) -> int:
+    """Of the layers, as they are stored, or as the engine holds them where it quantises them itself."""
+    if quantised["maker"] == "vllm":
+        return sum(quantised["layer_params"]) * int(quantised["bits"]) // 8
+    return sum(layer_costs(path).bytes)
 
 
 def _num_experts(config: Any) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from raylp.errors import UserError
 from raylp.export.card import facts_of, model_card
 from raylp.export.wmt26 import write_submission
-from raylp.models.checkpoint import write_card
+from raylp.models.checkpoint import copy_checkpoint, write_card
 from raylp.models.source import find_notices
 from raylp.names import CUT_KINDS, kind_of
 from raylp.rundir import RunDir
@@ -79,11 +79,3 @@ def choose(rundir: RunDir, wanted: str | None) -> str:
         if found:
             return found[0]
     raise UserError(f"--model {wanted}: the run has no such model; it has {', '.join(sorted(names))}")
-
-
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """All of a checkpoint but the run's own manifest."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != "manifest.json":
-            shutil.copyfile(file, target / file.name)

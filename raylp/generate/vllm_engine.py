@@ -16,6 +16,7 @@ from raylp.errors import UserError
 from raylp.generate.base import Asked, Output, Request, stop_rule, to_output
 from raylp.models.load import kv_per_token, load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.view import check_removed
+from raylp.quantize.engines import engine_options
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,7 +62,9 @@ class VLLMGenerator:
         self._skippable = skippable
         self._removed: list[int] = []
         self._count = 0
-        options: dict[str, Any] = {"worker_extension_cls": _EXTENSION, "enforce_eager": True} if skippable else {}
+        options: dict[str, Any] = {**engine_options(path)}
+        if skippable:
+            options |= {"worker_extension_cls": _EXTENSION, "enforce_eager": True}
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             request_amx()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -44,6 +45,22 @@ def copy_beside_weights(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.name not in _WRITTEN_BY_SAVE:
                 shutil.copyfile(file, target / file.name)
+
+
+def copy_checkpoint(source: Path, target: Path, link: bool = False) -> None:
+    """All files of a checkpoint but its card and the run's own manifest; with `link`, none takes its room twice where
+    both are on one disk.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.name in (CARD, "manifest.json"):
+            continue
+        try:
+            (os.link if link else shutil.copyfile)(file.resolve(), target / file.name)
+        except OSError:
+            if not link:
+                raise
+            shutil.copyfile(file, target / file.name)
 
 
 def read_card(path: Path) -> dict[str, Any] | None:

@@ -20,6 +20,12 @@ def engine_of(path: Path) -> str | None:
     return SCHEMES[scheme].engine if scheme else None
 
 
+def engine_options(path: Path) -> dict[str, str]:
+    """What vLLM is told besides of the checkpoint in `path`, where it quantises the weights itself."""
+    scheme = quantised(path)
+    return {"quantization": scheme} if scheme and SCHEMES[scheme].maker == "vllm" else {}
+
+
 def check_engine(path: Path, engine: str) -> None:
     """Refuses what cannot work.
 

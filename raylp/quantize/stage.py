@@ -15,6 +15,7 @@ from raylp.errors import UserError
 from raylp.models.checkpoint import (
     card_for,
     copy_beside_weights,
+    copy_checkpoint,
     layer_costs,
     quantised_layers,
     read_card,
@@ -65,8 +66,8 @@ def check(context: Context) -> None:
         scheme = SCHEMES[name]
         if not scheme.on_cpu and not cluster.num_gpus():
             raise UserError(
-                f"quantize.schemes: {name} ({scheme.what}) runs on GPUs with 8-bit floating point, such as the L4 and "
-                f"the H100, and there is no GPU here: leave it out"
+                f"quantize.schemes: {name} ({scheme.what}) runs on GPUs that compute in 8-bit floating point, such as "
+                f"the L4 and the H100, and there is no GPU here: leave it out"
             )
         if scheme.maker == "llm-compressor":
             require_compressor()
@@ -117,6 +118,11 @@ def _make(context: Context, section: Quantize, name: str, source: Path, scheme: 
     )
     card = {**card, "quantized": told}
     if context.rundir.complete(f"models/{name}") and read_card(context.rundir.local(f"models/{name}")) == card:
+        return
+    if kind.maker == "vllm":  # it quantises the weights each time it loads them
+        with context.rundir.building(f"models/{name}") as target:
+            copy_checkpoint(source, target, link=True)
+            write_card(target, card)
         return
     log = context.rundir.logs() / f"quantize-{name}.log"
     with (

@@ -27,7 +27,7 @@ from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options
 from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
-from raylp.quantize.engines import engine_of, run_by
+from raylp.quantize.engines import engine_of, engine_options, run_by
 from raylp.serve.config import Serve
 from raylp.serve.gate import read_keys
 
@@ -169,7 +169,7 @@ def serve_args(
         env = cluster.worker_env()
         if logs is not None:
             env[MARK] = _logging_config(logs[name])
-        engine: dict[str, Any] = {"dtype": dtype, "max_model_len": engine_length(config, path)}
+        engine: dict[str, Any] = {"dtype": dtype, "max_model_len": engine_length(config, path), **engine_options(path)}
         engine["tensor_parallel_size"] = config.tensor_parallel
         if gpus:
             engine |= {"gpu_memory_utilization": 0.9 * min(gpus, 1), "max_num_seqs": 2 * config.target_ongoing_requests}
