@@ -113,6 +113,7 @@ def by_vllm(
         raise SystemExit(done.stderr[-2000:])
     result: dict[str, Any] = json.loads((scratch / "result.json").read_text())
     assert result["completed"] == len(prompts), result
+    assert result["total_input_tokens"] == sum(len(prompt.tokens) for prompt in prompts), "the same prompts"
     return result
 
 

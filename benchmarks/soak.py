@@ -128,9 +128,12 @@ class Soak:
         told = self.told.setdefault(what, Counter())
         if what == "left in the middle":
             body = {"model": self.model, "prompt": draw.choice(self.prompts), "max_tokens": 200, "stream": True}
-            async with http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as answer:
-                await anext(answer.aiter_lines())
-            told[answer.status_code] += 1
+            try:
+                async with http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as answer:
+                    await anext(answer.aiter_lines())
+                told[answer.status_code] += 1
+            except (httpx.HTTPError, StopAsyncIteration):
+                told[0] += 1
             return
         path, body = WRONG[what]
         content = body if isinstance(body, bytes) else json.dumps(body).replace("MODEL", self.model).encode()

@@ -22,8 +22,7 @@ from packaging.requirements import Requirement
 from rich.text import Text
 
 from raylp import cluster
-from raylp.metrics.comet import comet_python, comet_version
-from raylp.quantize.compressor import compressor_python, compressor_version
+from raylp.beside import COMET, COMPRESSOR, Beside
 
 GIB = 2**30
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
@@ -61,8 +60,8 @@ def checks() -> list[Check]:
         check_bitsandbytes(stack),
         check_deepspeed(env, stack),
         check_compiler(),
-        check_comet(comet_python(env)),
-        check_compressor(compressor_python(env)),
+        check_beside(COMET, "COMET", COMET.python(env), "chrF and BLEU only"),
+        check_beside(COMPRESSOR, "llm-compressor", COMPRESSOR.python(env), "quantises to int8 and nf4 only"),
         check_demo_model(installed),
         *check_machine(),
         check_logical_cpus(env),
@@ -218,25 +217,16 @@ def check_compiler() -> Check:
     return Check("compiler", None, f"no {', '.join(missing)}", "on Debian and Ubuntu: apt install g++ python3-dev")
 
 
-def check_comet(python: Path) -> Check:
-    """Only COMET needs it; it runs in a process of its own, so any Python and any versions will do that COMET has."""
+def check_beside(library: Beside, title: str, python: Path, without: str) -> Check:
+    """It runs in a process of its own, so any Python and any versions will do that it has; few need it."""
     if not python.exists():
-        return Check("COMET", None, f"no {python}: chrF and BLEU only", "make comet")
-    version = comet_version(python)
+        return Check(title, None, f"no {python}: {without}", f"make {library.name}")
+    version = library.version(python)
     if version is None:
-        return Check("COMET", None, f"{python} has no unbabel-comet", f"rm -r {python.parent.parent}, then make comet")
-    return Check("COMET", True, f"{version}, {python}")
-
-
-def check_compressor(python: Path) -> Check:
-    """Only quantising to w8a8, gptq, awq and fp8 needs it."""
-    if not python.exists():
-        return Check("llm-compressor", None, f"no {python}: quantises to int8 and nf4 only", "make quantize")
-    version = compressor_version(python)
-    if version is None:
-        remedy = f"rm -r {python.parent.parent}, then make quantize"
-        return Check("llm-compressor", None, f"{python} has no llmcompressor", remedy)
-    return Check("llm-compressor", True, f"{version}, {python}")
+        package = library.package.replace("_", "-")
+        remedy = f"rm -r {python.parent.parent}, then make {library.name}"
+        return Check(title, None, f"{python} has no {package}", remedy)
+    return Check(title, True, f"{version}, {python}")
 
 
 def check_demo_model(installed: Mapping[str, str]) -> Check:

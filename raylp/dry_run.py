@@ -76,7 +76,7 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
     repaired = depths * len(recipe.repair.methods) if recipe.repair is not None else 0
     models = 1 + depths + repaired + (depths + recipe.heal.baseline if recipe.heal is not None else 0)
     quantised = len(recipe.quantize.models) * len(recipe.quantize.schemes) if recipe.quantize is not None else 0
-    models += quantised
+    models = len(recipe.evaluate.models) if recipe.evaluate and recipe.evaluate.models else models + quantised
     rows: dict[str, dict[str, Any]] = {}
     for stage in wanted_stages(recipe):
         evaluations = sentences = 0

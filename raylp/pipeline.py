@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -24,8 +25,9 @@ from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
-from raylp.names import REPAIRED, choose_models
+from raylp.names import REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Reporter, heartbeat
+from raylp.quantize.schemes import SCHEMES
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
 from raylp.search.legs import stops_of
@@ -164,11 +166,40 @@ def open_context(recipe: Recipe, reporter: Reporter) -> Context:
         from raylp.distill.stage import check as check_distill
 
         check_distill(context)
-    if recipe.quantize is not None and not rundir.exists("evaluate.json"):
+    done = rundir.read_json("manifest.json")["stages"] if rundir.exists("manifest.json") else {}
+    if recipe.quantize is not None and "quantize" not in done:
         from raylp.quantize.stage import check as check_quantize
 
         check_quantize(context)
     return context
+
+
+def check_names(context: Context, only: str | None) -> None:
+    """The models that the sections of all stages, or of `only` one, name will be made, or are there already.
+
+    Raises:
+        UserError: with the name, and what there will be.
+    """
+    recipe = context.recipe
+    heal, search = recipe.heal, recipe.search is not None
+    made = ["baseline", *(["pruned"] if search else [])]
+    made += [REPAIRED[method] for method in recipe.repair.methods] if recipe.repair is not None else []
+    if heal is not None:
+        made += ["original"] if heal.when != "after" else []
+        made += ["healed", *(["baseline-healed"] if heal.baseline else [])] if heal.when != "before" else []
+    quantised = recipe.quantize
+    asked: dict[str, Sequence[str]] = {"quantize.models": quantised.models if quantised else ()}
+    asked["evaluate.models"] = (recipe.evaluate.models or ()) if recipe.evaluate else ()
+    asked["bench.models"] = recipe.bench.models if recipe.bench else ()
+    there = {known for name in context.models() for known in (name, kind_of(name))}
+    for key, names in asked.items():
+        for name in names if only in (None, key.partition(".")[0]) else ():
+            whole = whole_of(name)
+            known = kind_of(whole) in made and (
+                name == whole or (quantised and name[len(whole) + 1 :] in quantised.schemes)
+            )
+            if not known and name not in there:
+                raise UserError(f"{key}: this recipe makes no model {name!r}; it makes {', '.join(made)}")
 
 
 def check_model(context: Context) -> None:
@@ -244,6 +275,7 @@ def run(
     if only is not None:
         find_stage(recipe, only)
     context = open_context(recipe, reporter)
+    check_names(context, only)
     rundir = context.rundir
     rundir.check_writable(needed_disk(context))
     with rundir.lock():
@@ -404,7 +436,9 @@ def needed_disk(context: Context) -> int:
         copies += (num_depths(context) + baseline if when != "before" else 0) + (when != "after")
         checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
     if context.recipe.quantize is not None:
-        copies += len(context.recipe.quantize.models) * len(context.recipe.quantize.schemes)
+        # In bfloat16 half of a float32 checkpoint, but for what vLLM quantises: that is linked.
+        made = sum(SCHEMES[scheme].maker != "vllm" for scheme in context.recipe.quantize.schemes)
+        copies += math.ceil(len(context.recipe.quantize.models) * made / 2)
     there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))
     left = max(0, copies - there)
     return left * size + (checkpoints if left else 0) + 200_000_000

@@ -103,8 +103,10 @@ def browser() -> Iterator[Browser]:
             made = root.post("/session", json={"capabilities": {"alwaysMatch": wanted}}).json()["value"]
             assert "sessionId" in made, made
             session = httpx.Client(base_url=f"http://127.0.0.1:{port}/session/{made['sessionId']}/", timeout=120)
-            yield Browser(session)
-            session.delete("")
+            try:
+                yield Browser(session)
+            finally:
+                session.delete("")
         finally:
             driver.terminate()
             driver.wait()

@@ -12,10 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of COMET and llm-compressor themselves need their environments, which take minutes to make."""
-    from raylp.metrics.comet import comet_python, comet_version
-    from raylp.quantize.compressor import compressor_python, compressor_version
+    from raylp.beside import COMET, COMPRESSOR
 
-    there = {"comet": comet_version(comet_python()), "quantize": compressor_version(compressor_python())}
+    there = {library.name: library.version(library.python()) for library in (COMET, COMPRESSOR)}
     for name, version in there.items():
         skip = pytest.mark.skip(reason=f"no environment for it: make {name}")
         for item in items:

@@ -17,13 +17,14 @@ import yaml
 from conftest import toy_recipe
 
 from raylp import cli
+from raylp.beside import COMET
 from raylp.context import Context, Splits
 from raylp.data.corpus import Pair, write_jsonl
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.evaluate.scores import score_translations
 from raylp.metrics import registry
-from raylp.metrics.comet import CometMetric, CometScorer, comet_python
+from raylp.metrics.comet import CometMetric, CometScorer
 from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.pipeline import run
 from raylp.progress import Reporter
@@ -216,7 +217,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds tiny-comet and tiny-qe, as tests/tiny_comet.py makes them."""
     folder = tmp_path_factory.mktemp("comet")
     script = Path(__file__).with_name("tiny_comet.py")
-    made = subprocess.run([comet_python(), "-I", script, folder], capture_output=True, text=True)
+    made = subprocess.run([COMET.python(), "-I", script, folder], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     return folder
 
@@ -237,7 +238,7 @@ def command_line_scores(checkpoint: Path, rows: list[Row], folder: Path) -> list
             (folder / key).write_text("".join(row[key] + "\n" for row in rows))
             arguments += [option, str(folder / key)]
     out = folder / "scores.json"
-    command = [comet_python().with_name("comet-score"), *arguments, "--to_json", out]
+    command = [COMET.python().with_name("comet-score"), *arguments, "--to_json", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [row["COMET"] for row in next(iter(json.loads(out.read_text()).values()))]
@@ -342,7 +343,7 @@ def test_evaluate_scores_once(
     monkeypatch.delenv("RAYLP_COMET_PYTHON")
     first, metrics = score_translations(context, list(texts), [path, "BLEU"])
     assert set(first) == {(model, "en-de", name) for model in texts for name in ("tiny-comet", "BLEU")}
-    assert children_running(str(comet_python())) == []
+    assert children_running(str(COMET.python())) == []
     assert (tmp_path / "logs/comet-tiny-comet.log").exists()
     found = score_with_interval(metrics["en-de", "tiny-comet"], first["baseline", "en-de", "tiny-comet"])
     assert found.low < found.value < found.high and found.signature.startswith("tiny-comet|checkpoint:sha256:")

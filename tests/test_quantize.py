@@ -20,18 +20,23 @@ from raylp.evaluate.stage import comparisons
 from raylp.export.export import export
 from raylp.generate.pool import make_generator
 from raylp.generate.translate import read_prompt, translate
-from raylp.models.checkpoint import quantised_layers, read_card, sizes
+from raylp.models.checkpoint import copy_checkpoint, quantised_layers, read_card, sizes, write_card
 from raylp.models.load import load_tokenizer
+from raylp.models.source import fingerprint
 from raylp.names import SCHEMES as NAMES
 from raylp.names import choose_models, kind_of, whole_of
 from raylp.pipeline import run
 from raylp.progress import Reporter
 from raylp.quantize.config import Quantize
-from raylp.quantize.engines import engine_of, engine_options, run_by
+from raylp.quantize.engines import engine_of, engine_options, identity, run_by
 from raylp.quantize.schemes import SCHEMES
+from raylp.quantize.stage import _check_groups
 from raylp.recipe import load_recipe, parse_recipe
 from raylp.report.build import report
+from raylp.report.contents import Model
+from raylp.report.plots import style
 from raylp.rundir import RunDir
+from raylp.serve.slo import one_for_each_depth
 
 GOOD = list(toy.TRUTH.dead)
 PRUNED = f"pruned-{toy.TRUTH.num_layers - len(GOOD)}"
@@ -216,8 +221,11 @@ def test_a_table_leaves_out_what_was_not_measured() -> None:
     [
         ({"schemes": ["q4"]}, "quantize.schemes"),
         ({"scheme": ["nf4"]}, "did you mean 'schemes'?"),
-        ({"schemes": ["gptq"], "group_size": 48}, "quantize.group_size: 48 weights share a scale, but layers of the"),
-        ({"schemes": ["nf4"], "models": ["healed"]}, "quantize.models: the run has no model 'healed'; it has baseline"),
+        ({"schemes": ["gptq"], "group_size": 48}, "quantize.group_size"),
+        (
+            {"schemes": ["nf4"], "models": ["healed"]},
+            "quantize.models: this recipe makes no model 'healed'; it makes baseline",
+        ),
         ({"schemes": ["w8a8"]}, "/bin/python is not there: run make quantize"),
         ({"schemes": ["fp8"]}, "quantize.schemes: fp8 (8-bit floating point weights and activations) runs on GPUs"),
     ],
@@ -246,6 +254,35 @@ def test_what_cannot_be_is_refused(
         run(load_recipe(file), Reporter(quiet=True))
     assert says in str(error.value)
     assert not list((tmp_path / "run").glob("models/*-*"))
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    said = "group_size: 128 weights share a scale, but layers of the model have 64 inputs: set it to 64"
+    with pytest.raises(UserError, match=said):
+        _check_groups(toy.tiny_random("llama"), 128, on_cpu=True)
+    _check_groups(toy.tiny_random("llama"), 64, on_cpu=True)
+
+
+def test_variants_of_one_file_are_told_apart(tmp_path: Path, toy_checkpoint: Path) -> None:
+    """What vLLM quantises itself has the weights of the whole model, but not its translations."""
+    card = {"quantized": {"scheme": "mxfp8"}}
+    for name, found in {"whole": None, "mxfp8": card, "unknown": {"quantized": {"scheme": "q3"}}}.items():
+        copy_checkpoint(toy_checkpoint, tmp_path / name, link=True)
+        if found is not None:
+            write_card(tmp_path / name, found)
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "mxfp8")
+    assert identity(tmp_path / "whole") != identity(tmp_path / "mxfp8")
+    with pytest.raises(UserError, match="quantised as 'q3', which this raylp does not know"):
+        engine_of(tmp_path / "unknown")
+
+
+def test_every_scheme_has_a_look_and_keeps_its_place() -> None:
+    looks = {scheme: style(Model(f"healed-14-{scheme}")) for scheme in NAMES}
+    assert {colour for colour, _ in looks.values()} == {style(Model("healed-14"))[0]}
+    assert len({marker for _, marker in looks.values()}) == len(NAMES)
+    layers = {"healed-14-gptq": 14, "pruned-14": 14, "baseline": 18, "baseline-w8a8": 18}
+    assert one_for_each_depth(layers) == ["baseline", "healed-14-gptq"]
+    assert one_for_each_depth({**layers, "healed-14": 14}) == ["baseline", "healed-14"]
 
 
 @pytest.mark.quantize

@@ -510,7 +510,7 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
         translates(url, context)
         refuses(url)
         if browser.missing() is None:
-            shows(url, tmp_path / "page.png")
+            shows(url, Path(context.recipe.run_dir) / PICTURE)
         example = shlex.split(usage(context, url, list(models)).partition("try: ")[2])
         answer = httpx.post(example[1], json=json.loads(example[-1]), timeout=60)
         assert example[0] == "curl" and answer.json()["model"] == PRUNED
@@ -654,15 +654,17 @@ def shows(url: str, picture: Path) -> None:
         page.type("#sentence", f" {row['source']}" * 30)
         page.click("#go")
         page.wait(".time", lambda times: all(time.endswith(", the sentence was cut") for time in times))
-    assert picture.stat().st_size > 5000
 
 
-def test_a_browser_sees_the_page() -> None:
-    """It does where there is one, in the test of the endpoint."""
+@pytest.mark.slow
+def test_a_browser_saw_the_page(context: Context) -> None:
+    """In the test of the endpoint, which writes the picture, where there is a browser."""
     if program := browser.missing():
         pytest.skip(f"no {program}: on Debian and Ubuntu, apt install chromium chromium-driver")
+    assert (Path(context.recipe.run_dir) / PICTURE).stat().st_size > 5000
 
 
+PICTURE = "page.png"
 LONG = {"model": "baseline", "prompt": "a", "max_tokens": 100, "min_tokens": 100, "ignore_eos": True}
 
 

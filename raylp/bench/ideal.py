@@ -47,7 +47,8 @@ class Work:
         numbers = self.numbers_read(concurrency, context)
         if self.packed_bytes is None:
             return numbers * bytes_per_number
-        return (numbers - self.layers) * bytes_per_number + self.packed_bytes
+        rest = self.vocabulary + concurrency * context * self.kv_per_token
+        return rest * bytes_per_number + (numbers - rest) / (self.layers + self.experts) * self.packed_bytes
 
     def multiply_adds(self, concurrency: int, context: float) -> float:
         """Multiply-adds of such a step."""
@@ -67,11 +68,11 @@ def work(path: Path) -> Work:
     inside = {name: entry["shape"] for layer in tensors.layers for name, entry in layer.items()}
     experts = {name: shape for name, shape in inside.items() if ".experts." in name}
     quantised = (read_card(path) or {}).get("quantized")
+    in_experts = quantised["expert_params"] if quantised else sum(map(math.prod, experts.values()))
+    in_layers = sum(quantised["layer_params"]) if quantised else sum(map(math.prod, inside.values()))
     return Work(
-        layers=sum(quantised["layer_params"])
-        if quantised
-        else sum(math.prod(shape) for name, shape in inside.items() if name not in experts),
-        experts=sum(math.prod(shape) for shape in experts.values()),
+        layers=in_layers - in_experts,
+        experts=in_experts,
         vocabulary=vocabulary_size(tensors, config),
         kv_per_token=kv_per_token(config),
         attention_per_token=2 * config.num_attention_heads * head_dim(config) * config.num_hidden_layers,

@@ -29,7 +29,7 @@ from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import choose_models
-from raylp.quantize.engines import check_engine, engine_of
+from raylp.quantize.engines import engine_of
 from raylp.rundir import RunDir
 from raylp.serve.endpoint import MARK, Endpoint, endpoint, engine_length, gpu_share, serve_dtype
 
@@ -141,9 +141,14 @@ def plan_bench(context: Context) -> Plan:
     config = context.recipe.bench or Bench()
     models = choose_models(config.models, context.models(), "bench.models")
     prompts = sentences_that_fit(context, max(map(config.num_requests, config.loads)), config.output_tokens)
-    for path in models.values():
+    for name, path in models.items():
         if not any(runs(path, load) for load in config.loads):
-            check_engine(path, "vllm" if "vllm" in config.backends or not config.batches else "transformers")
+            how = (
+                "bench.batches with bench.backends: [transformers]"
+                if engine_of(path) != "vllm"
+                else "bench.concurrency"
+            )
+            raise UserError(f"bench.models: {name} is quantised for {engine_of(path)}, which no load asks: set {how}")
     cells = [c for c in schedule(list(models), config.loads, config.repeats) if runs(models[c.model], c.load)]
     places = {name: _place(context, name, path, prompts) for name, path in models.items()}
     answering = Answering(config.output_tokens, ("\n",) if context.prompt.newline else ())

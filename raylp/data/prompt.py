@@ -1,7 +1,8 @@
 """How a model is asked for a translation: the same way for every model of a run, and kept beside the weights."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -117,3 +118,14 @@ def choose_examples(train: Sequence[Pair], count: int) -> dict[str, list[tuple[s
         if len(shown) < count:
             shown.append((example.source, example.target))
     return chosen if count else {}
+
+
+def beside_examples(pairs: Sequence[Pair], examples: Mapping[str, Sequence[tuple[str, str]]], count: int) -> list[Pair]:
+    """The first `count` pairs that no prompt shows (`examples`), those of several language pairs in turn."""
+    shown = {source for own in examples.values() for source, _ in own}
+    by_pair: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.source not in shown:
+            by_pair.setdefault(pair.pair, []).append(pair)
+    turns = itertools.zip_longest(*by_pair.values())
+    return [pair for turn in turns for pair in turn if pair is not None][:count]

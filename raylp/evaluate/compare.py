@@ -17,7 +17,7 @@ from raylp.metrics import ngram
 from raylp.metrics.intervals import Score, paired_difference, score_with_interval
 from raylp.metrics.ngram import Scored, Statistics
 from raylp.metrics.objective import Mean
-from raylp.names import CUT_KINDS, kind_of
+from raylp.names import CUT_KINDS, kind_of, whole_of
 from raylp.rundir import RunDir
 
 
@@ -61,7 +61,7 @@ def find_entrant(name: str) -> Entrant:
         raise UserError(f"{run} has no scores yet: raylp evaluate RECIPE")
     scored = {entry["name"]: entry for entry in rundir.read_json("evaluate.json")["models"]}
     if not model:
-        kinds = [[name for name in scored if name.startswith(kind)] for kind in ("healed-", "pruned-")]
+        kinds = [[name for name in scored if kind_of(name) == kind] for kind in ("healed", "pruned")]
         several = next((names for names in kinds if names), [])
         if len(several) != 1:
             raise UserError(f"{run}: say which model, such as {run}:{(several or list(scored))[0]}")
@@ -74,7 +74,7 @@ def find_entrant(name: str) -> Entrant:
 
 
 def _removed(rundir: RunDir, model: str, layers: int) -> tuple[int, ...]:
-    if kind_of(model) not in CUT_KINDS or not rundir.exists("plan.json"):
+    if kind_of(whole_of(model)) not in CUT_KINDS or not rundir.exists("plan.json"):
         return ()
     plan = rundir.read_json("plan.json")
     depths = {depth["layers"]: depth["removed"] for depth in plan.get("depths") or []}

@@ -1,5 +1,6 @@
 """Every model of a run translates every test set; scores, intervals, paired comparisons."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from raylp.context import Context
 from raylp.data.corpus import Pair, write_jsonl
 from raylp.evaluate.results import write_results
 from raylp.evaluate.scores import score_translations
+from raylp.generate.layout import Layout
 from raylp.generate.pool import Pool, batch_size_of, plan_workers
 from raylp.generate.schedule import even
 from raylp.ledger import (
@@ -26,13 +28,24 @@ from raylp.metrics.intervals import paired_difference, score_with_interval
 from raylp.metrics.registry import short_name
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
-from raylp.models.source import fingerprint
 from raylp.names import REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Task
-from raylp.quantize.engines import engine_of
+from raylp.quantize.engines import engine_of, identity
 from raylp.rundir import RunDir
 
 BLOCK = 16  # sentences of a line of the ledger
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model over one test set, in which engine and data type."""
+
+    name: str
+    path: Path
+    test_set: str
+    examples: list[Pair]
+    backend: str
+    dtype: str
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -44,26 +57,27 @@ def evaluate(context: Context) -> dict[str, Any]:
     models = choose_models(recipe.models, context.models(), "evaluate.models")
     cluster.start(context.recipe.resources)
     described = {name: sizes(path) for name, path in models.items()}
-    engines = {name: engine_of(path) or recipe.backend for name, path in models.items()}
-    layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
-    dtype = context.dtype if recipe.dtype == "auto" else recipe.dtype
-    rows = batch_size_of(context.recipe.resources, layout)
+    runs_in = {name: _runs_in(context, path) for name, path in models.items()}
     jobs = [
-        (name, path, test_set, examples)
+        Job(name, path, test_set, examples, *runs_in[name])
         for name, path in models.items()
         for test_set, examples in context.splits.test.items()
         if not context.rundir.exists(f"translations/{name}/{test_set}.jsonl")
     ]
+    layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
+    rows = batch_size_of(context.recipe.resources, layout)
     ledger = Ledger(context.rundir, RunDir(context.recipe.cache) if context.recipe.cache else None)
-    with context.reporter.task("evaluate", sum(len(examples) for *_, examples in jobs)) as task:
-        pool = Pool(layout, context.prompt.newline, context.rundir.logs(), batch_size=rows)
-        try:
-            for name, path, test_set, examples in jobs:
-                # What vLLM alone runs is quantised, and its rest is stored in bfloat16.
-                own = "bfloat16" if engines[name] != recipe.backend and recipe.dtype == "auto" else dtype
-                _translate(context, ledger, pool, task, name, path, test_set, examples, engines[name], own, rows)
-        finally:
-            pool.close()
+    with context.reporter.task("evaluate", sum(len(job.examples) for job in jobs)) as task:
+        for backend in dict.fromkeys(job.backend for job in jobs):
+            # On a CPU, engines of vLLM share no weights, and one of them uses all cores.
+            own = Layout(1) if backend == "vllm" and not layout.gpus else layout
+            pool = Pool(own, context.prompt.newline, context.rundir.logs(), batch_size=rows)
+            try:
+                for job in jobs:
+                    if job.backend == backend:
+                        _translate(context, ledger, pool, task, job, rows)
+            finally:
+                pool.close()
     statistics, metrics = score_translations(context, list(models), recipe.metrics)
     names = [short_name(name) for name in recipe.metrics]
     context.rundir.write_json(
@@ -107,9 +121,20 @@ def evaluate(context: Context) -> dict[str, Any]:
     results = write_results(context.rundir)
     return {
         "models": {entry["name"]: _values(entry["scores"]) for entry in results["models"]},
-        "backend": recipe.backend,
-        "dtype": dtype,
+        "engines": {name: " ".join(how) for name, how in runs_in.items()},
     }
+
+
+def _runs_in(context: Context, path: Path) -> tuple[str, str]:
+    """Backend and data type that the model in `path` translates with: as the recipe says, or as it is quantised for.
+
+    What vLLM alone runs is served in bfloat16, and is judged so.
+    """
+    recipe = context.recipe.evaluate
+    assert recipe is not None
+    own = engine_of(path)
+    usual = "bfloat16" if own == "vllm" else context.dtype
+    return own or recipe.backend, usual if recipe.dtype == "auto" else recipe.dtype
 
 
 def _values(scores: dict[str, Any]) -> dict[str, Any]:
@@ -136,29 +161,19 @@ def comparisons(names: list[str], in_turn: bool = False) -> list[tuple[str, str]
     return [(a, b) for a, b in pairs if a in names and b in names]
 
 
-def _translate(
-    context: Context,
-    ledger: Ledger,
-    pool: Pool,
-    task: Task,
-    name: str,
-    path: Path,
-    test_set: str,
-    examples: list[Pair],
-    backend: str,
-    dtype: str,
-    rows: int,
-) -> None:
+def _translate(context: Context, ledger: Ledger, pool: Pool, task: Task, job: Job, rows: int) -> None:
     """One model over one test set, at most `rows` sentences at a time; what any run with this ledger has translated
     is taken from it.
     """
+    name, path, test_set, examples = job.name, job.path, job.test_set, job.examples
     requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
+    room = max(len(request.tokens) + request.max_new_tokens for request in requests)
     parts = {start: slice(start, start + BLOCK) for start in range(0, len(examples), BLOCK)}
-    model, decoding = fingerprint(path), decoding_of(context.prompt.chat)
+    model, decoding = identity(path), decoding_of(context.prompt.chat)
     facts = {}
     for start, part in parts.items():
         block = block_hash(requests[part], [example.target for example in examples[part]])
-        facts[start] = score_facts(model, (), block, TRANSLATION, backend, dtype, decoding)
+        facts[start] = score_facts(model, (), block, TRANSLATION, job.backend, job.dtype, decoding)
     missing = [start for start in parts if ledger.translated(unit_key(facts[start])) is None]
     task.advance(len(examples) - sum(len(examples[parts[start]]) for start in missing))
     size = even(len(missing), max(1, rows // BLOCK), len(pool.workers))
@@ -166,7 +181,7 @@ def _translate(
 
     def submit(worker: Any, some: list[int]) -> Any:
         asked = [(requests[parts[start]], (), None) for start in some]
-        return worker.translate_together.remote(str(path), backend, dtype, asked)
+        return worker.translate_together.remote(str(path), job.backend, job.dtype, asked, room=room)
 
     for some, (made, seconds) in pool.run(together, submit, task):
         lines = []

@@ -173,8 +173,8 @@ def model_card(facts: ModelFacts) -> str:
         autoescape=False,
     )
     contents = facts.contents
-    beside = dict.fromkeys((*BESIDE, whole_of(facts.name)))
-    shown = [*(contents.model(name) for name in beside if name != facts.name), facts.model]
+    beside = [name for name in dict.fromkeys((*BESIDE, whole_of(facts.name))) if name != facts.name]
+    shown = [*(contents.model(name) for name in beside), facts.model]
     pair, scheme = facts.pairs[0], scheme_of(facts)
     known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", facts.licence)
     return environment.get_template("card.md.jinja").render(
@@ -185,6 +185,7 @@ def model_card(facts: ModelFacts) -> str:
         trained=training_sentences(facts),
         scheme=scheme,
         engine=scheme.engine if scheme else None,
+        online=facts.card["quantized"]["scheme"] if scheme and scheme.maker == "vllm" else None,
         hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not Path(facts.base).exists() else None,
         ancestors=[(shareable(model.name), list(model.removed)) for model in facts.line],
         licence_id=facts.licence if known else "other",

@@ -45,8 +45,10 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
     environment = Environment(
         loader=PackageLoader("raylp.export"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
+    scheme = scheme_of(facts)
     values: dict[str, Any] = {
         "facts": facts,
+        "engine": scheme.engine if scheme else None,
         "pairs": spellings(facts.pairs),
         "raylp": raylp.__version__,
         "torch": _version("torch"),
@@ -58,7 +60,6 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         file.write_text(environment.get_template(f"{script}.jinja").render(values), encoding="utf-8")
         file.chmod(0o755)
     (target / "README.md").write_text(environment.get_template("wmt26.md.jinja").render(values), encoding="utf-8")
-    scheme = scheme_of(facts)
     needed = (*NEEDED, *(FOR_BITS if scheme and scheme.maker == "bitsandbytes" else ()))
     lines = [f"{name}=={_version(name)}" for name in needed if name != "torch"]
     (target / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

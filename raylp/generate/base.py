@@ -7,6 +7,7 @@ from typing import Any, Protocol
 LOOP_REPEATS = 4
 LOOP_SPAN = 12
 LOOP_PERIOD = 12
+VLLM_LENGTH = 1024  # tokens of a prompt and its translation that an engine of vLLM holds, unless it is told otherwise
 REJOIN = 2  # tokens in which output and draft must agree for the draft to be believed again
 
 

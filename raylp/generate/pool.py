@@ -13,7 +13,7 @@ from typing import Any
 from raylp import cluster
 from raylp.errors import UserError
 from raylp.generate.auto import Choice, choose_backend, close, free_memory
-from raylp.generate.base import Asked, Generator, Output, Request
+from raylp.generate.base import VLLM_LENGTH, Asked, Generator, Output, Request
 from raylp.generate.layout import Layout, on_cpus, on_gpus
 from raylp.generate.schedule import Pace, most_copies
 from raylp.progress import Task
@@ -37,8 +37,11 @@ def make_generator(
     batch_size: int | None = None,
     skippable: bool = False,
     gpus: float = 1.0,
+    room: int = 0,
 ) -> Generator:
     """The model in `path`, resident in this process, which may use `gpus` GPUs or that share of one.
+
+    `room`: tokens that a prompt and its translation may have together, where an engine sets them aside.
 
     Raises:
         UserError: the backend cannot load the model, or not onto several GPUs.
@@ -50,7 +53,8 @@ def make_generator(
         if gpus > 1:
             raise UserError(f"model {path}: an engine of vLLM in a worker has one GPU: use backend transformers")
         share = GPU_MEMORY * (gpus or 1.0)
-        return VLLMGenerator(path, dtype, newline=newline, skippable=skippable, gpu_memory_utilization=share)
+        length = max(VLLM_LENGTH, room)
+        return VLLMGenerator(path, dtype, newline, length, skippable, gpu_memory_utilization=share)
     import torch
 
     from raylp.generate.transformers_view import TransformersGenerator
@@ -81,7 +85,7 @@ class Worker:
         self.log.mkdir(parents=True, exist_ok=True)
         self.loaded: tuple[Any, ...] | None = None
         self.generator: Generator | None = None
-        self.gpus = _gpus_of_this_actor()
+        self.gpus, self.room = _gpus_of_this_actor(), 0
 
     def pid(self) -> int:
         return os.getpid()
@@ -101,10 +105,10 @@ class Worker:
         return outputs, seconds
 
     def translate_together(
-        self, path: str, backend: str, dtype: str, asked: Sequence[Asked], skippable: bool = False
+        self, path: str, backend: str, dtype: str, asked: Sequence[Asked], skippable: bool = False, room: int = 0
     ) -> tuple[list[list[Output]], float]:
         """Outputs of several views, at once as far as the backend can, and the seconds that all took."""
-        generator = self.hold(path, backend, dtype, skippable)
+        generator = self.hold(path, backend, dtype, skippable, room)
         with (self.log / f"generations-{os.getpid()}.jsonl").open("a") as stream:
             for requests, removed, _ in asked:
                 note = {"path": path, "removed": list(removed), "sentences": len(requests)}
@@ -113,15 +117,15 @@ class Worker:
         outputs = generator.generate_together(asked)
         return outputs, time.perf_counter() - started
 
-    def hold(self, path: str, backend: str, dtype: str, skippable: bool = False) -> Generator:
-        """The model, resident from now on; another one is let go."""
+    def hold(self, path: str, backend: str, dtype: str, skippable: bool = False, room: int = 0) -> Generator:
+        """The model, resident from now on; another one is let go, and one with too little `room`."""
         wanted = (path, backend, dtype, skippable)
-        if self.loaded != wanted or self.generator is None:
+        if self.loaded != wanted or self.generator is None or room > max(self.room, VLLM_LENGTH):
             self._unload()
             self.generator = make_generator(
-                Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus
+                Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus, room
             )
-            self.loaded = wanted
+            self.loaded, self.room = wanted, room
         return self.generator
 
     def choose_backend(

@@ -13,12 +13,10 @@ from pydantic import ValidationError
 from raylp.data.languages import split_pair
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.generate.base import Generator, Output, Request
+from raylp.generate.base import VLLM_LENGTH, Generator, Output, Request
 from raylp.models.checkpoint import CARD, read_card
 from raylp.models.load import load_model, load_tokenizer, max_positions, stored_dtype
 from raylp.quantize.engines import check_engine, engine_of
-
-VLLM_LENGTH = 1024
 
 
 def translate(
@@ -162,8 +160,8 @@ def _generator(path: Path, backend: str, dtype: str, newline: bool, batch_size: 
 
     gpu = torch.cuda.is_available()
     if dtype == "auto":
-        # What vLLM alone runs is quantised, and its rest is stored in bfloat16.
-        dtype = stored_dtype(path) if gpu or engine_of(path) == "vllm" else "float32"
+        # What vLLM alone runs is quantised, and served in bfloat16.
+        dtype = "bfloat16" if engine_of(path) == "vllm" else stored_dtype(path) if gpu else "float32"
     if backend == "vllm":
         from raylp.generate.vllm_engine import VLLMGenerator
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from raylp.errors import UserError
-from raylp.generate.base import Asked, Output, Request, stop_rule, to_output
+from raylp.generate.base import VLLM_LENGTH, Asked, Output, Request, stop_rule, to_output
 from raylp.models.load import kv_per_token, load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.view import check_removed
-from raylp.quantize.engines import engine_options
+from raylp.quantize.engines import engine_of, engine_options
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,7 +24,7 @@ CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
 GPU_MEMORY = 0.85  # share of a GPU's memory that an engine takes
 CPU_SEQUENCES = 64
 CPU_BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
-_OTHER_BACKEND = "use backend transformers"
+_OTHER_BACKEND = "; or use backend transformers"
 
 
 class VLLMGenerator:
@@ -46,7 +46,7 @@ class VLLMGenerator:
         path: Path,
         dtype: str,
         newline: bool = True,
-        max_model_len: int = 1024,
+        max_model_len: int = VLLM_LENGTH,
         skippable: bool = False,
         gpu_memory_utilization: float = GPU_MEMORY,
     ) -> None:
@@ -60,6 +60,7 @@ class VLLMGenerator:
         self.max_model_len = min(max_model_len, max_positions(path) or max_model_len)
         self.rule = stop_rule(self.tokenizer, [config, read_generation_config(path)], newline)
         self._skippable = skippable
+        self._instead = "" if engine_of(path) else _OTHER_BACKEND
         self._removed: list[int] = []
         self._count = 0
         options: dict[str, Any] = {**engine_options(path)}
@@ -84,7 +85,7 @@ class VLLMGenerator:
                     **options,
                 )
             except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
-                raise UserError(f"model {path}: vLLM cannot load it: {_cause(error)}; {_OTHER_BACKEND}") from error
+                raise UserError(f"model {path}: vLLM cannot load it: {_cause(error)}{self._instead}") from error
         if skippable:
             self._call("raylp_watch_layers")
             self._run([Request((self.tokenizer.eos_token_id or 0,), 1)])
@@ -108,7 +109,7 @@ class VLLMGenerator:
         if longest > self.max_model_len:
             raise UserError(
                 f"a prompt with its translation may take {longest} tokens, the engine holds {self.max_model_len}: "
-                f"shorten the sentences or the prompt's examples, or {_OTHER_BACKEND}"
+                f"shorten the sentences or the prompt's examples{self._instead}"
             )
         self._leave_out(check_removed(removed, self.num_layers))
         rows = self._run(requests)
@@ -144,7 +145,7 @@ class VLLMGenerator:
     def _call(self, method: str, *args: Any) -> None:
         (problem,) = self._llm.collective_rpc(method, args=args)
         if problem:
-            raise UserError(f"vLLM cannot leave layers out of this model: {problem}; {_OTHER_BACKEND}")
+            raise UserError(f"vLLM cannot leave layers out of this model: {problem}{_OTHER_BACKEND}")
 
     def _run(self, requests: Sequence[Request]) -> list[list[int]]:
         """Tokens of each request, up to a stop token, its bound, or a few past the point where it repeats itself."""

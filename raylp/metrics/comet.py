@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from raylp.beside import COMET
 from raylp.errors import UserError
 from raylp.metrics.ngram import Statistics, mean_of
 
@@ -32,35 +32,6 @@ CLOSE_S = 5.0
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float16", "float32"]
-
-
-def comet_python(env: Mapping[str, str] = os.environ) -> Path:
-    """The interpreter of COMET's environment: RAYLP_COMET_PYTHON, or .venv-comet beside the environment or project."""
-    if given := env.get("RAYLP_COMET_PYTHON"):
-        return Path(given)
-    places = [Path(sys.prefix).parent, Path(__file__).parents[2]]
-    interpreters = [place / ".venv-comet/bin/python" for place in places]
-    return next((python for python in interpreters if python.exists()), interpreters[0])
-
-
-def comet_version(python: Path) -> str | None:
-    """The version of COMET beside `python`, from its metadata; None where it is not installed."""
-    found = next(python.parent.parent.glob("lib/python3*/site-packages/unbabel_comet-*.dist-info"), None)
-    return found.name.removesuffix(".dist-info").partition("-")[2] if found else None
-
-
-def require_comet() -> tuple[Path, str]:
-    """The interpreter of COMET's environment and COMET's version.
-
-    Raises:
-        UserError: there is no such environment.
-    """
-    python = comet_python()
-    version = comet_version(python) if python.exists() else None
-    if version is None:
-        what = f"{python} has no unbabel-comet" if python.exists() else f"{python} is not there"
-        raise UserError(f"COMET needs an environment of its own, and {what}: run make comet")
-    return python, version
 
 
 def is_path(checkpoint: str) -> bool:
@@ -122,7 +93,7 @@ class CometScorer:
         log: Path | None = None,
         deadlines_s: Mapping[str, float] = DEADLINES_S,
     ) -> None:
-        self.python, self.version = require_comet()
+        self.python, self.version = COMET.require()
         self.checkpoint = checkpoint
         self.device, self.dtype, self.log, self.deadlines_s = device, dtype, log, deadlines_s
         self._place = str(checkpoint_file(checkpoint)) if is_path(checkpoint) else checkpoint

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+from raylp.beside import COMET
 from raylp.metrics import comet, ngram
 
 # Checkpoints that may be named without their owner.
@@ -58,7 +59,7 @@ def check(name: str) -> None:
         UserError: COMET's environment or a local checkpoint is not there.
     """
     if is_comet(name):
-        comet.require_comet()
+        COMET.require()
         if comet.is_path(name):
             comet.checkpoint_file(name)
 

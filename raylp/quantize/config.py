@@ -1,5 +1,7 @@
 """The `quantize` section of a recipe."""
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from raylp.config import Section
@@ -11,13 +13,13 @@ class Quantize(Section):
     by each of `schemes`, called such as healed-14-gptq.
 
     `sentences`: training pairs that w8a8, gptq and awq are calibrated on; `group_size`: weights that share a scale, of
-    gptq and awq. The vocabulary stays as it is.
+    gptq and awq (sizes that vLLM has kernels for). The vocabulary stays as it is.
     """
 
     models: list[str] = Field(["baseline", "healed"], min_length=1)
     schemes: list[Name] = Field(["w8a8"], min_length=1)
     sentences: int = Field(128, ge=1)
-    group_size: int = Field(128, ge=8)
+    group_size: Literal[32, 64, 128] = 128
 
     @property
     def calibrated(self) -> bool:

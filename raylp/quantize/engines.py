@@ -4,14 +4,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from raylp.errors import UserError
-from raylp.models.checkpoint import read_card
+from raylp.models.checkpoint import CARD, read_card
+from raylp.models.source import fingerprint
 from raylp.quantize.schemes import SCHEMES
 
 
 def quantised(path: Path) -> str | None:
-    """The scheme of the checkpoint in `path`, or None where it is not one of raylp's quantised ones."""
+    """The scheme of the checkpoint in `path`, or None where it is not one of raylp's quantised ones.
+
+    Raises:
+        UserError: it is one that this raylp does not know.
+    """
     card = read_card(path) or {}
-    return (card.get("quantized") or {}).get("scheme")
+    scheme = (card.get("quantized") or {}).get("scheme")
+    if scheme not in (None, *SCHEMES):
+        raise UserError(f"{path / CARD}: quantised as {scheme!r}, which this raylp does not know: use a newer one")
+    return scheme
 
 
 def engine_of(path: Path) -> str | None:
@@ -24,6 +32,11 @@ def engine_options(path: Path) -> dict[str, str]:
     """What vLLM is told besides of the checkpoint in `path`, where it quantises the weights itself."""
     scheme = quantised(path)
     return {"quantization": scheme} if scheme and SCHEMES[scheme].maker == "vllm" else {}
+
+
+def identity(path: Path) -> str:
+    """What translations of the checkpoint are filed under: its fingerprint, and what the engine makes of it."""
+    return "|".join([fingerprint(path), *engine_options(path).values()])
 
 
 def check_engine(path: Path, engine: str) -> None:

@@ -1,6 +1,7 @@
 """The stage that quantises models of the run: a checkpoint for each model and scheme, made in a process of its own."""
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raylp import cluster
+from raylp.bench.ideal import work
+from raylp.beside import COMPRESSOR
 from raylp.context import Context
+from raylp.data.prompt import beside_examples
 from raylp.data.tokens import examples_of
 from raylp.errors import UserError
 from raylp.models.checkpoint import (
@@ -27,7 +31,6 @@ from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import choose_models, whole_of
 from raylp.process import run_apart
-from raylp.quantize.compressor import require_compressor
 from raylp.quantize.config import Quantize
 from raylp.quantize.schemes import SCHEMES
 
@@ -59,34 +62,50 @@ def check(context: Context) -> None:
     """Before anything starts: is there what each scheme needs to be made, and to be run?
 
     Raises:
-        UserError: a scheme needs a GPU or an environment that is not there, or the model's layers do not divide.
+        UserError: a scheme needs a GPU, an environment or a data type that is not there, or the layers do not divide.
     """
-    section = _section(context)
+    section, recipe = _section(context), context.recipe
+    far = recipe.resources.address or os.environ.get("RAY_ADDRESS")  # a cluster, whose GPUs are not seen from here
     for name in section.schemes:
         scheme = SCHEMES[name]
-        if not scheme.on_cpu and not cluster.num_gpus():
+        if not scheme.on_cpu and not far and not cluster.num_gpus():
             raise UserError(
                 f"quantize.schemes: {name} ({scheme.what}) runs on GPUs that compute in 8-bit floating point, such as "
                 f"the L4 and the H100, and there is no GPU here: leave it out"
             )
         if scheme.maker == "llm-compressor":
-            require_compressor()
-    if {"gptq", "awq"} & set(section.schemes):
-        shapes = {shape for layer in read_tensors(context.original).layers for shape in _matrices(layer)}
-        wrong = sorted({inputs for _, inputs in shapes if inputs % section.group_size})
-        if wrong:
-            fits = [size for size in (128, 64, 32, 16, 8) if not any(inputs % size for _, inputs in shapes)]
-            advice = f"set it to {fits[0]}" if fits else "leave gptq and awq out"
+            COMPRESSOR.require()
+        dtypes = {"model.dtype": recipe.model.dtype, "serve.dtype": recipe.serve.dtype}
+        if recipe.evaluate is not None:
+            dtypes["evaluate.dtype"] = recipe.evaluate.dtype
+        if scheme.maker == "vllm" and (wrong := [key for key, dtype in dtypes.items() if dtype == "float32"]):
             raise UserError(
-                f"quantize.group_size: {section.group_size} weights share a scale, but layers of the model have "
-                f"{', '.join(map(str, wrong))} inputs: {advice}"
+                f"quantize.schemes: {name} computes in bfloat16 or float16: set {' and '.join(wrong)} to auto"
             )
+    if {"gptq", "awq"} & set(section.schemes):
+        _check_groups(context.original, section.group_size, on_cpu=not far and not cluster.num_gpus())
+
+
+def _check_groups(path: Path, group_size: int, on_cpu: bool) -> None:
+    """The layers' matrices divide as vLLM's kernels want them."""
+    shapes = {shape for layer in read_tensors(path).layers for shape in _matrices(layer)}
+    inputs, outputs = {shape[1] for shape in shapes}, {shape[0] for shape in shapes}
+    if on_cpu and (odd := sorted(n for n in inputs | outputs if n % 32)):
+        raise UserError(
+            f"quantize.schemes: gptq and awq: on a CPU, vLLM wants multiples of 32, but layers of the model have "
+            f"{', '.join(map(str, odd))} inputs or outputs: leave them out"
+        )
+    if wrong := sorted(n for n in inputs if n % group_size):
+        fits = [size for size in (128, 64, 32) if not any(n % size for n in inputs)]
+        raise UserError(
+            f"quantize.group_size: {group_size} weights share a scale, but layers of the model have "
+            f"{', '.join(map(str, wrong))} inputs: {f'set it to {fits[0]}' if fits else 'leave gptq and awq out'}"
+        )
 
 
 def calibration(context: Context, section: Quantize) -> list[list[int]]:
-    """Token ids of training pairs as the model sees them: prompt and translation. Those in the prompt are left out."""
-    shown = {source for examples in context.prompt.examples.values() for source, _ in examples}
-    pairs = [pair for pair in context.splits.train if pair.source not in shown][: section.sentences]
+    """Token ids of training pairs as the model sees them: prompt and translation."""
+    pairs = beside_examples(context.splits.train, context.prompt.examples, section.sentences)
     if not pairs:
         raise UserError("quantize: no training pair is left beside the prompt's examples: add training text")
     examples = examples_of(pairs, context.prompt, load_tokenizer(context.original))
@@ -112,7 +131,11 @@ def _make(context: Context, section: Quantize, name: str, source: Path, scheme: 
         told["group_size"] = section.group_size
     # What the packed weights no longer show.
     costs = layer_costs(source)
-    told |= {"params": sizes(source)["params"], "layer_params": list(costs.parameters)}
+    told |= {
+        "params": sizes(source)["params"],
+        "layer_params": list(costs.parameters),
+        "expert_params": work(source).experts,
+    }
     card = read_card(source) or card_for(
         context.recipe.model.name, fingerprint(context.original), "", [], context.prompt.model_dump(mode="json")
     )
@@ -141,7 +164,7 @@ def _make(context: Context, section: Quantize, name: str, source: Path, scheme: 
         job.write_text(json.dumps(content))
         command = [sys.executable, "-m", "raylp.quantize.bits"]
         if kind.maker == "llm-compressor":
-            command = [str(require_compressor()[0]), str(COMPRESS)]
+            command = [str(COMPRESSOR.require()[0]), str(COMPRESS)]
 
         def beat() -> None:
             reached = LAYER.findall(log.read_text(errors="replace"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylp.context import Context
 from raylp.data.corpus import Pair
-from raylp.data.prompt import Prompt
+from raylp.data.prompt import Prompt, beside_examples
 from raylp.data.tokens import examples_of
 from raylp.errors import UserError
 from raylp.models.checkpoint import read_card
@@ -26,8 +26,7 @@ def repair(context: Context) -> dict[str, Any]:
     section = context.recipe.repair
     if section is None:
         raise UserError("the recipe has no repair section: add 'repair: {methods: [compensate]}'")
-    shown = {source for examples in context.prompt.examples.values() for source, _ in examples}
-    pairs = [pair for pair in context.splits.train if pair.source not in shown][: section.sentences]
+    pairs = beside_examples(context.splits.train, context.prompt.examples, section.sentences)
     made = []
     for method in section.methods:
         facts: dict[str, Any] = {"method": method, "sentences": len(pairs)}

@@ -12,7 +12,7 @@ from raylp.errors import UserError
 from raylp.names import kind_of
 from raylp.rundir import RunDir
 
-STAGE_NAMES = ("adapt", "search", "prune", "repair", "distill", "heal", "evaluate", "bench")
+STAGE_NAMES = ("adapt", "search", "prune", "repair", "distill", "heal", "quantize", "evaluate", "bench")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ STYLES = {
 # Who is set against whom: lines in the plot of quality join these.
 FAMILIES = {"baseline": "pruned", "pruned": "pruned", "baseline-healed": "healed", "healed": "healed"}
 OTHERS = (("#8b5fbf", "v"), ("#b0506d", "P"), ("#6b8e23", "X"))
-SCHEME_MARKERS = ("p", "*", "h", "<", ">", "d")
+SCHEME_MARKERS = dict(zip(SCHEMES, ("p", "*", "h", "<", ">", "d", "8", "1", "2", "3"), strict=True))
 WIDTH = 6.4
 # One hue from light to dark, so that it reads without seeing colours, and in print.
 # So few steps that the scale beside the map is drawn and not embedded as an image.
@@ -543,7 +543,7 @@ def style(model: Model) -> tuple[str, str]:
         return STYLES[model.kind]
     if (whole := kind_of(whole_of(model.name))) in STYLES:  # quantised: its model's colour, a marker of its scheme's
         scheme = model.name.rpartition("-")[2]
-        return STYLES[whole][0], SCHEME_MARKERS[SCHEMES.index(scheme)]
+        return STYLES[whole][0], SCHEME_MARKERS[scheme]
     return OTHERS[sum(model.name.encode()) % len(OTHERS)]
 
 

@@ -29,7 +29,7 @@ from raylp.generate.base import Request as Wanted
 from raylp.generate.base import StopRule, stop_rule, to_output
 from raylp.generate.translate import Fitted, fit, one_line
 from raylp.models.load import load_tokenizer, read_config, read_generation_config
-from raylp.names import kind_of
+from raylp.names import kind_of, whole_of
 from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, Held, TooManyError
 from raylp.serve.slo import AUTO, Chooser, one_for_each_depth, read_objective
 
@@ -249,7 +249,7 @@ def side_by_side(names: list[str]) -> list[str]:
     """The two models that the page shows at first: the unpruned one and the best pruned one, where they are served."""
     first = "baseline" if "baseline" in names else names[0]
     others = [name for name in names if name != first] or names
-    kinds = {kind_of(name): name for name in others}
+    kinds = {kind_of(whole_of(name)): name for name in sorted(others, key=lambda name: whole_of(name) == name)}
     return [first, kinds.get("healed") or kinds.get("pruned") or others[-1]]
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raylp.errors import UserError
-from raylp.names import REPAIRED, kind_of
+from raylp.names import REPAIRED, kind_of, whole_of
 
 AUTO = "auto"  # the name that requests ask for
 KEEP_S = 30.0
@@ -132,12 +132,14 @@ def _like(load: int) -> int:
 
 
 def one_for_each_depth(layers: Mapping[str, int]) -> list[str]:
-    """The one to choose at each depth, the most layers first: a healed one before one as it was cut."""
+    """The one to choose at each depth, the most layers first: a healed one before one as it was cut, and either before
+    what it was quantised to.
+    """
     best = ("healed", "baseline-healed", "baseline", *REPAIRED.values(), "pruned", "original")
 
-    def place(name: str) -> tuple[int, int]:
-        kind = kind_of(name)
-        return -layers[name], best.index(kind) if kind in best else len(best)
+    def place(name: str) -> tuple[int, int, bool]:
+        kind = kind_of(whole_of(name))
+        return -layers[name], best.index(kind) if kind in best else len(best), whole_of(name) != name
 
     chosen: dict[int, str] = {}
     for name in sorted(layers, key=place):
