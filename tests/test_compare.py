@@ -95,7 +95,9 @@ def test_some_models_only(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_p
     done = run(parse_recipe(recipe), Reporter(quiet=True))
     assert [model["name"] for model in done.read_json("results.json")["models"]] == [LEFT]
     recipe["evaluate"] = {**evaluate, "models": ["heald"]}
-    with pytest.raises(UserError, match=r"evaluate\.models: this recipe makes no model 'heald'; it makes baseline, pruned"):
+    with pytest.raises(
+        UserError, match=r"evaluate\.models: this recipe makes no model 'heald'; it makes baseline, pruned"
+    ):
         run(parse_recipe({**recipe, "run_dir": str(tmp_path / "other")}), Reporter(quiet=True))
 
 

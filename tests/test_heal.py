@@ -542,9 +542,25 @@ def test_a_killed_driver_goes_on_at_its_last_checkpoint(
 
 
 @pytest.mark.faults
-def test_sharded_checkpoints_ask_for_their_number_of_workers(toy_data: dict[str, Path], tmp_path: Path) -> None:
-    killed_on_the_way(tmp_path, toy_data, workers=2, zero_stage=2)
-    second = driver(tmp_path, toy_data, workers=1, zero_stage=2)
+@pytest.mark.parametrize(("stage", "before", "after"), [(2, 2, 1), (3, 1, 2)])
+def test_adapters_whose_optimizer_is_shared_out_go_on_with_another_number_of_workers(
+    stage: int, before: int, after: int, healed: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    kept = killed_on_the_way(tmp_path, toy_data, workers=before, zero_stage=stage)
+    second = driver(tmp_path, toy_data, workers=after, zero_stage=stage)
+    assert (second.communicate(timeout=600)[1], second.returncode)[1] == 0
+    steps = records(tmp_path)
+    assert steps[: len(kept)] == kept and [record["step"] for record in steps] == list(range(1, 27))
+    for mine, other in zip(steps, records(healed), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+@pytest.mark.faults
+def test_sharded_checkpoints_of_all_weights_ask_for_their_number_of_workers(
+    toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    killed_on_the_way(tmp_path, toy_data, workers=2, zero_stage=2, method="full")
+    second = driver(tmp_path, toy_data, workers=1, zero_stage=2, method="full")
     told = second.communicate(timeout=600)[1]
     assert second.returncode == 1
     assert "is of 2 workers with heal.zero_stage: 2" in told and "set heal.workers=2" in told

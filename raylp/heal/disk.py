@@ -8,6 +8,7 @@ from raylp.models.checkpoint import numbered_tensors
 
 KEPT = 3  # two checkpoints, and the one that is being written
 WITH_OPTIMIZER = 16  # bytes of a weight that learns: itself, two moments and a copy in float32
+WHOLE_STATE = 12  # and once more, for another number of workers: itself and two moments in float32
 LOOKS = 4  # weights of looks at dev: the best, those in work, those that wait, and those that are being written
 
 
@@ -22,4 +23,5 @@ def trained_parameters(path: Path, heal: Heal) -> int:
 def checkpoint_bytes(path: Path, heal: Heal) -> int:
     """The most that checkpoints of one training take at a time; those of the next come after these are gone."""
     looks = 4 * LOOKS if heal.keep != "last" else 0
-    return trained_parameters(path, heal) * (KEPT * WITH_OPTIMIZER + looks)
+    portable = WHOLE_STATE if heal.zero_stage > 0 and heal.method != "full" else 0
+    return trained_parameters(path, heal) * (KEPT * (WITH_OPTIMIZER + portable) + looks)

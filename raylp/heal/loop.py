@@ -15,12 +15,14 @@ from raylp.heal import plan
 from raylp.heal.config import Heal
 from raylp.heal.losses import Teacher, correspondence, losses
 from raylp.heal.pack import loss_sum, why_not_packed
+from raylp.heal.portable import gather, scatter
 from raylp.heal.trainable import make_trainable, save_trained
 from raylp.models.load import load_model, load_quantised, load_tokenizer
 from raylp.models.stack import find_stack, text_config
 
 STATE = "state.json"
 BEST = "best.safetensors"
+PORTABLE = "portable.safetensors"
 TAG = "engine"
 STEPS_OF_A_BLOCK = 64
 MEMORY_ADVICE = (
@@ -268,8 +270,8 @@ def _run(
     if checkpoint is not None:
         state = _state(checkpoint)
         history = state["history"]
-        _check_workers(worker, state)
-        best = _load(engine, checkpoint)
+        others = _other_workers(worker, state)
+        best = _load(engine, worker, checkpoint, len(history), batches.of(1) if others else ())
     start = len(history)
     for step in range(start + 1, num_steps + 1):
         if step == start + 1:
@@ -296,15 +298,22 @@ def _run(
             return
 
 
-def _check_workers(worker: _Worker, state: dict[str, Any]) -> None:
-    """Sharded optimisers are saved in as many parts as there were workers."""
+def _other_workers(worker: _Worker, state: dict[str, Any]) -> bool:
+    """Whether the checkpoint's parts of a sharded optimizer are those of another number of workers.
+
+    Raises:
+        UserError: they are, and nothing else is kept of it.
+    """
     before = state.get("workers", worker.count)
-    if before != worker.count and worker.config.zero_stage > 0:
+    if before == worker.count or worker.config.zero_stage == 0:
+        return False
+    if not state.get("portable"):
         raise UserError(
             f"the checkpoint at step {len(state['history'])} is of {before} workers with heal.zero_stage: "
             f"{worker.config.zero_stage}, whose parts do not fit {worker.count}: set heal.workers={before}, or remove "
-            f".work in the run directory to begin again (with zero_stage: 0 any number of workers goes on)"
+            f".work in the run directory to begin again (adapters, and zero_stage: 0, go on with any number of workers)"
         )
+    return True
 
 
 def _hand_over(worker: _Worker, step: int, state: dict[str, Any]) -> None:
@@ -407,17 +416,31 @@ def _report(
     import ray.train
     from safetensors.torch import save_file
 
+    # Of adapters, which are small, the optimizer's whole state is kept too.
+    portable = worker.config.zero_stage > 0 and worker.config.method != "full" and final is None
+    whole_state = gather(engine, worker.rank == 0) if portable else {}
     with _scratch() as directory:
         engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=True)
         if worker.rank == 0:
+            if portable:
+                save_file(whole_state, directory / PORTABLE)
             if best:
                 save_file(best, directory / BEST)
             if final is not None:
                 save_trained(engine.module, final, directory)
-            state = {"finished": final is not None, "workers": worker.count, "history": history}
+            state = {"finished": final is not None, "workers": worker.count, "portable": portable, "history": history}
             (directory / STATE).write_text(json.dumps(state))
         whole = ray.train.Checkpoint.from_directory(directory) if any(directory.iterdir()) else None
         ray.train.report({"step": history[-1]["step"], "loss": history[-1]["loss"]}, checkpoint=whole)
+
+
+def _step_nowhere(engine: Any, worker: _Worker, row: Sequence[Example]) -> None:
+    """A step of no gradient at a rate of nothing, in which the optimizer makes its state."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(sum(worker.parts(engine, row).values()) * 0.0)
+    engine.step()
 
 
 @contextmanager
@@ -431,11 +454,20 @@ def _state(checkpoint: Any) -> dict[str, Any]:
         return json.loads((Path(directory) / STATE).read_text())
 
 
-def _load(engine: Any, checkpoint: Any) -> dict[str, Any] | None:
-    """Puts the engine where it was; the weights of the best epoch so far, if they are another's."""
+def _load(
+    engine: Any, worker: _Worker, checkpoint: Any, steps: int, example: Sequence[Example]
+) -> dict[str, Any] | None:
+    """Puts the engine where it was after so many steps; the weights of the best epoch so far, if they are another's.
+
+    `example`: where the checkpoint is of another number of workers, something to make the optimizer's state with.
+    """
     from safetensors.torch import load_file
 
     with checkpoint.as_directory() as directory:
-        engine.load_checkpoint(directory, tag=TAG, load_module_strict=False)
+        if example:
+            _step_nowhere(engine, worker, example[:1])
+            scatter(engine, load_file(Path(directory) / PORTABLE), steps)
+        else:
+            engine.load_checkpoint(directory, tag=TAG, load_module_strict=False)
         best = Path(directory) / BEST
         return load_file(best) if best.exists() else None
