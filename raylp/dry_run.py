@@ -12,7 +12,7 @@ from raylp.context import Context
 from raylp.generate.layout import CPU_BYTES
 from raylp.generate.pool import make_generator
 from raylp.models.checkpoint import count_parameters
-from raylp.pipeline import needed_disk, num_depths, open_context, wanted_stages
+from raylp.pipeline import check_names, needed_disk, num_depths, open_context, wanted_stages
 from raylp.progress import Reporter
 from raylp.recipe import Recipe
 from raylp.search.targets import most_evaluations, target_of
@@ -40,6 +40,7 @@ def dry_run(recipe: Recipe, out: TextIO) -> dict[str, dict[str, Any]]:
     """
     reporter = Reporter()
     context = open_context(recipe, reporter)
+    check_names(context, None)
     with reporter.task("timing the model"):
         measured = _time(context)
     stages = estimates(context, measured)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
 from raylp.models.source import fingerprint, licence, locate
-from raylp.names import REPAIRED, choose_models, kind_of, whole_of
+from raylp.names import CUT_KINDS, REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Reporter, heartbeat
 from raylp.quantize.schemes import SCHEMES
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
@@ -180,25 +179,33 @@ def check_names(context: Context, only: str | None) -> None:
     Raises:
         UserError: with the name, and what there will be.
     """
-    recipe = context.recipe
-    heal, search = recipe.heal, recipe.search is not None
-    made = ["baseline", *(["pruned"] if search else [])]
+    recipe, rundir = context.recipe, context.rundir
+    heal, quantised = recipe.heal, recipe.quantize
+    made = ["baseline"]
+    made += ["pruned"] if recipe.search is not None else []
     made += [REPAIRED[method] for method in recipe.repair.methods] if recipe.repair is not None else []
     if heal is not None:
         made += ["original"] if heal.when != "after" else []
         made += ["healed", *(["baseline-healed"] if heal.baseline else [])] if heal.when != "before" else []
-    quantised = recipe.quantize
     asked: dict[str, Sequence[str]] = {"quantize.models": quantised.models if quantised else ()}
     asked["evaluate.models"] = (recipe.evaluate.models or ()) if recipe.evaluate else ()
     asked["bench.models"] = recipe.bench.models if recipe.bench else ()
-    there = {known for name in context.models() for known in (name, kind_of(name))}
+
+    def known(name: str, key: str) -> bool:
+        whole, scheme = whole_of(name), name[len(whole_of(name)) + 1 :]
+        kind = kind_of(whole)
+        if kind not in made or (kind != whole and kind not in CUT_KINDS):
+            return False
+        if not scheme:
+            return True
+        # A variant is named in full: `healed` stands for the run's one, `healed-gptq` for none.
+        named = quantised is not None and {whole, kind} & set(quantised.models) and scheme in quantised.schemes
+        return bool(named) and key != "quantize.models" and (kind != whole or kind not in CUT_KINDS)
+
     for key, names in asked.items():
         for name in names if only in (None, key.partition(".")[0]) else ():
-            whole = whole_of(name)
-            known = kind_of(whole) in made and (
-                name == whole or (quantised and name[len(whole) + 1 :] in quantised.schemes)
-            )
-            if not known and name not in there:
+            there = known(name, key) or any(name in (own, kind_of(own)) for own in rundir.names("models"))
+            if not there:
                 raise UserError(f"{key}: this recipe makes no model {name!r}; it makes {', '.join(made)}")
 
 
@@ -435,13 +442,14 @@ def needed_disk(context: Context) -> int:
         when, baseline = context.recipe.heal.when, context.recipe.heal.baseline
         copies += (num_depths(context) + baseline if when != "before" else 0) + (when != "after")
         checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
-    if context.recipe.quantize is not None:
-        # In bfloat16 half of a float32 checkpoint, but for what vLLM quantises: that is linked.
-        made = sum(SCHEMES[scheme].maker != "vllm" for scheme in context.recipe.quantize.schemes)
-        copies += math.ceil(len(context.recipe.quantize.models) * made / 2)
-    there = sum(context.rundir.complete(f"models/{name}") for name in context.rundir.names("models"))
-    left = max(0, copies - there)
-    return left * size + (checkpoints if left else 0) + 200_000_000
+    names = [name for name in context.rundir.names("models") if context.rundir.complete(f"models/{name}")]
+    left = max(0, copies - sum(whole_of(name) == name for name in names))
+    variants = 0
+    if (quantize := context.recipe.quantize) is not None:
+        # What vLLM quantises is linked; the rest keeps its vocabulary, and takes the whole at the most.
+        made = len(quantize.models) * sum(SCHEMES[scheme].maker != "vllm" for scheme in quantize.schemes)
+        variants = max(0, made - sum(whole_of(name) != name for name in names))
+    return (left + variants) * size + (checkpoints if left else 0) + 200_000_000
 
 
 def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints: dict[str, str]) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 POLL_S = 0.25
-_LIBC = ctypes.CDLL(None)
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: a child that was just forked should look for nothing
 _PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_apart(command: Sequence[str], log: Path, beat: Callable[[], None]) -> str | None:

@@ -15,6 +15,8 @@ from raylp.bench.ideal import ideal
 from raylp.bench.load import Load
 from raylp.bench.stage import Cell, runs, summary
 from raylp.cluster import num_gpus
+from raylp.context import Context, Splits
+from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.evaluate.stage import comparisons
 from raylp.export.export import export
@@ -25,7 +27,7 @@ from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import SCHEMES as NAMES
 from raylp.names import choose_models, kind_of, whole_of
-from raylp.pipeline import run
+from raylp.pipeline import check_names, run
 from raylp.progress import Reporter
 from raylp.quantize.config import Quantize
 from raylp.quantize.engines import engine_of, engine_options, identity, run_by
@@ -254,6 +256,36 @@ def test_what_cannot_be_is_refused(
         run(load_recipe(file), Reporter(quiet=True))
     assert says in str(error.value)
     assert not list((tmp_path / "run").glob("models/*-*"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "refused"),
+    [
+        ({"evaluate": {"models": ["healed-2-nf4", "baseline-nf4", "healed"]}}, None),
+        ({"evaluate": {"models": ["healed-gptq"]}}, "evaluate.models: this recipe makes no model 'healed-gptq'"),
+        ({"evaluate": {"models": ["healed-2-gptq"]}}, "no model 'healed-2-gptq'"),
+        ({"evaluate": {"models": ["pruned-2-nf4"]}}, "no model 'pruned-2-nf4'"),
+        ({"evaluate": {"models": ["baseline-7"]}}, "no model 'baseline-7'"),
+        ({"quantize": {"models": ["healed-2-nf4"], "schemes": ["nf4"]}}, "quantize.models: this recipe makes no model"),
+        ({"bench": {"models": ["baseline", "merged"]}}, "bench.models: this recipe makes no model 'merged'"),
+    ],
+)
+def test_names_of_models_are_checked_before_the_start(sections: dict, refused: str | None, tmp_path: Path) -> None:
+    usual: dict = {
+        "search": {"remove": 2},
+        "heal": {},
+        "quantize": {"models": ["healed", "baseline"], "schemes": ["nf4"]},
+    }
+    recipe = toy_recipe(Path("m"), {"test": Path("t.tsv")}, tmp_path / "run", **{**usual, **sections})
+    empty = Context(parse_recipe(recipe), RunDir(str(tmp_path)), Splits(), Prompt(), Path(), "float32", Reporter())
+    if refused is None:
+        check_names(empty, None)
+        return
+    check_names(empty, "search")
+    with pytest.raises(UserError, match=refused):
+        check_names(empty, None)
+    with pytest.raises(UserError, match=refused):
+        check_names(empty, next(iter(sections)))
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:

@@ -68,7 +68,7 @@ def work(path: Path) -> Work:
     inside = {name: entry["shape"] for layer in tensors.layers for name, entry in layer.items()}
     experts = {name: shape for name, shape in inside.items() if ".experts." in name}
     quantised = (read_card(path) or {}).get("quantized")
-    in_experts = quantised["expert_params"] if quantised else sum(map(math.prod, experts.values()))
+    in_experts = quantised.get("expert_params", 0) if quantised else sum(map(math.prod, experts.values()))
     in_layers = sum(quantised["layer_params"]) if quantised else sum(map(math.prod, inside.values()))
     return Work(
         layers=in_layers - in_experts,

@@ -70,7 +70,8 @@ def evaluate(context: Context) -> dict[str, Any]:
     with context.reporter.task("evaluate", sum(len(job.examples) for job in jobs)) as task:
         for backend in dict.fromkeys(job.backend for job in jobs):
             # On a CPU, engines of vLLM share no weights, and one of them uses all cores.
-            own = Layout(1) if backend == "vllm" and not layout.gpus else layout
+            alone = backend == "vllm" and not layout.gpus and context.recipe.resources.workers == "auto"
+            own = Layout(1) if alone else layout
             pool = Pool(own, context.prompt.newline, context.rundir.logs(), batch_size=rows)
             try:
                 for job in jobs:
@@ -121,19 +122,19 @@ def evaluate(context: Context) -> dict[str, Any]:
     results = write_results(context.rundir)
     return {
         "models": {entry["name"]: _values(entry["scores"]) for entry in results["models"]},
-        "engines": {name: " ".join(how) for name, how in runs_in.items()},
+        "engines": ", ".join(f"{name} {backend} {dtype}" for name, (backend, dtype) in runs_in.items()),
     }
 
 
 def _runs_in(context: Context, path: Path) -> tuple[str, str]:
     """Backend and data type that the model in `path` translates with: as the recipe says, or as it is quantised for.
 
-    What vLLM alone runs is served in bfloat16, and is judged so.
+    What vLLM alone runs is judged as it is served, on a CPU in bfloat16.
     """
     recipe = context.recipe.evaluate
     assert recipe is not None
     own = engine_of(path)
-    usual = "bfloat16" if own == "vllm" else context.dtype
+    usual = "bfloat16" if own == "vllm" and context.dtype == "float32" else context.dtype
     return own or recipe.backend, usual if recipe.dtype == "auto" else recipe.dtype
 
 

@@ -120,7 +120,8 @@ class Worker:
     def hold(self, path: str, backend: str, dtype: str, skippable: bool = False, room: int = 0) -> Generator:
         """The model, resident from now on; another one is let go, and one with too little `room`."""
         wanted = (path, backend, dtype, skippable)
-        if self.loaded != wanted or self.generator is None or room > max(self.room, VLLM_LENGTH):
+        small = backend == "vllm" and room > max(self.room, VLLM_LENGTH)
+        if self.loaded != wanted or self.generator is None or small:
             self._unload()
             self.generator = make_generator(
                 Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus, room

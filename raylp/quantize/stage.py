@@ -75,9 +75,10 @@ def check(context: Context) -> None:
             )
         if scheme.maker == "llm-compressor":
             COMPRESSOR.require()
-        dtypes = {"model.dtype": recipe.model.dtype, "serve.dtype": recipe.serve.dtype}
-        if recipe.evaluate is not None:
-            dtypes["evaluate.dtype"] = recipe.evaluate.dtype
+        dtypes = {"evaluate.dtype": recipe.evaluate.dtype if recipe.evaluate is not None else "auto"}
+        if recipe.bench is not None:
+            dtypes |= {"serve.dtype": recipe.serve.dtype}
+            dtypes |= {"model.dtype": recipe.model.dtype} if recipe.serve.dtype == "auto" else {}
         if scheme.maker == "vllm" and (wrong := [key for key, dtype in dtypes.items() if dtype == "float32"]):
             raise UserError(
                 f"quantize.schemes: {name} computes in bfloat16 or float16: set {' and '.join(wrong)} to auto"
@@ -118,8 +119,10 @@ def _section(context: Context) -> Quantize:
 
 
 def _matrices(layer: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Shapes of the weight matrices of a layer: (outputs, inputs)."""
-    return [tuple(entry["shape"]) for entry in layer.values() if len(entry["shape"]) == 2]
+    """Shapes of the weight matrices of a layer, but a mixture's router: (outputs, inputs)."""
+    routers = (".gate.", ".router.")
+    own = {name: entry["shape"] for name, entry in layer.items() if not any(mark in name for mark in routers)}
+    return [tuple(shape) for shape in own.values() if len(shape) == 2]
 
 
 def _make(context: Context, section: Quantize, name: str, source: Path, scheme: str, texts: list[list[int]]) -> None:
