@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,9 +23,14 @@ STAGES = ["search", "prune", "distill", "heal", "evaluate", "bench"]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Not one of those that the kernel gives to connections (32768 and up): one of them may take it before Ray does."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randrange(20000, 32000)))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
