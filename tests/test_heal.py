@@ -513,15 +513,22 @@ def driver(run: Path, data: dict[str, Path], script: str = DRIVER, **section: ob
 
 
 def killed_on_the_way(run: Path, data: dict[str, Path], **section: object) -> list[dict]:
-    """Kills such a process as soon as a checkpoint is there; the steps that the last one holds."""
+    """Kills such a process as soon as Ray Train knows of a checkpoint; the steps that the last such one holds."""
     first = driver(run, data, **section)
     deadline = time.monotonic() + 400
     work = run / ".work" / "heal"
-    while not list(work.glob("*/checkpoint_*/state.json")) and time.monotonic() < deadline and first.poll() is None:
+
+    def known() -> list[dict]:
+        """States of the checkpoints that Ray Train has noted: it goes on with no other."""
+        noted = "".join(file.read_text() for file in work.glob("*/checkpoint_manager_snapshot.json"))
+        states = [file for file in work.glob("*/checkpoint_*/state.json") if f'"{file.parent.name}"' in noted]
+        return [json.loads(state.read_text()) for state in states]
+
+    while not known() and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    states = [json.loads(state.read_text()) for state in work.glob("*/checkpoint_*/state.json")]
+    states = known()
     assert states and not any(state["finished"] for state in states), "it was killed in the middle"
     return max((state["history"] for state in states), key=len)
 
