@@ -16,21 +16,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from rich.console import Console
 from rich.table import Table
+from runs import open_run
 
 from raylp.bench.load import Answering, Load, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio, verdict
-from raylp.names import choose_models
-from raylp.pipeline import open_context
-from raylp.progress import Reporter
-from raylp.recipe import load_recipe
 from raylp.serve.endpoint import endpoint, free_port
 
 
@@ -45,9 +41,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--slower", type=float, default=0.1)
     given = parser.parse_args()
-    recipe = load_recipe(Path(given.run) / "recipe.yaml", [f"run_dir={given.run}", "serve.port=0"])
-    context = open_context(recipe, Reporter(sys.stderr))
-    ((name, path),) = choose_models([given.model], context.models(), "--model").items()
+    context, name, path = open_run(given.run, given.model)
     prompts = sentences_that_fit(context, given.requests, given.output_tokens)
     load, answering = Load("closed", given.concurrency), Answering(given.output_tokens, stream=False)
     table = Table("second way", "runs", "found slower", "found faster", "unclear", "ratios, least to most")

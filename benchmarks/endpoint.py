@@ -23,16 +23,13 @@ import psutil
 from processes import cpu_seconds
 from rich.console import Console
 from rich.table import Table
+from runs import open_run
 
 from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
 from raylp.generate.vllm_engine import cpu_options
-from raylp.names import choose_models
-from raylp.pipeline import open_context
-from raylp.progress import Reporter
-from raylp.recipe import load_recipe
 from raylp.serve.endpoint import endpoint, engine_length, num_sequences, serve_dtype
 
 START_S = 300
@@ -47,9 +44,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    recipe = load_recipe(Path(given.run) / "recipe.yaml", [f"run_dir={given.run}", "serve.port=0"])
-    context = open_context(recipe, Reporter(sys.stderr))
-    ((name, path),) = choose_models([given.model], context.models(), "--model").items()
+    context, name, path = open_run(given.run, given.model)
     prompts = sentences_that_fit(context, given.requests, given.output_tokens)
     loads = [Load("closed", int(clients)) for clients in given.concurrency.split(",")]
     with endpoint(context, {name: path}) as served, bare_vllm(context, path) as bare:

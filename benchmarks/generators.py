@@ -19,16 +19,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from runs import open_run
 
 from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.context import Context
 from raylp.generate.base import Request
 from raylp.models.load import load_tokenizer
-from raylp.names import choose_models
-from raylp.pipeline import open_context
-from raylp.progress import Reporter
-from raylp.recipe import load_recipe
 from raylp.serve.endpoint import endpoint
 
 LATENCIES = {
@@ -51,9 +48,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    recipe = load_recipe(Path(given.run) / "recipe.yaml", [f"run_dir={given.run}", "serve.port=0"])
-    context = open_context(recipe, Reporter(sys.stderr))
-    ((name, path),) = choose_models([given.model], context.models(), "--model").items()
+    context, name, path = open_run(given.run, given.model)
     prompts = sentences_that_fit(context, given.requests, given.output_tokens)
     loads = [Load("closed", int(clients)) for clients in given.concurrency.split(",")]
     found: dict[tuple[str, str], list[Any]] = {}

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,13 +24,10 @@ import httpx
 from processes import by_kind, unique_bytes
 from rich.console import Console
 from rich.table import Table
+from runs import open_run
 
 from raylp.bench.load import Answering, Load, measure
 from raylp.bench.stage import sentences_that_fit
-from raylp.names import choose_models
-from raylp.pipeline import open_context
-from raylp.progress import Reporter
-from raylp.recipe import load_recipe
 from raylp.serve.endpoint import endpoint
 
 SETTLED_MIN = 10
@@ -56,9 +52,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("soak.jsonl"))
     given = parser.parse_args()
-    recipe = load_recipe(Path(given.run) / "recipe.yaml", [f"run_dir={given.run}", "serve.port=0"])
-    context = open_context(recipe, Reporter(sys.stderr))
-    ((name, path),) = choose_models([given.model], context.models(), "--model").items()
+    context, name, path = open_run(given.run, given.model)
     texts = [example.source for examples in context.splits.test.values() for example in examples]
     prompts = sentences_that_fit(context, 64, 12)
     with endpoint(context, {name: path}) as served:
