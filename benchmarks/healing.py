@@ -7,7 +7,8 @@ searched on, the rest tells when to stop healing. Sentences of more than `--max-
 set. The recipes are recipes/healing/*.yaml, with what a variant changes. Every run is a run directory under
 --out/PAIR: what is done is not done again, so it may be stopped at any time. `controls`: at the smallest depth, the
 layers of the tail, of the middle and three random draws, healed as `--like` was, and the searched layers' difference to
-each, with its interval. --results: a file for the table.
+each, with its interval. --given 2,13,9,16: an earlier search's layers, in its order, instead of a search. --results: a
+file for the table.
 """
 
 import argparse
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--like", default="authentic", help="the variant that controls are healed as; '' for none")
     parser.add_argument("--train", type=int, default=600)
     parser.add_argument("--max-words", type=int, default=60)
+    parser.add_argument("--given", metavar="LAYERS", help="layers that go, in order, instead of a search")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
     parser.add_argument("--results", type=Path, help="a file that the table so far is written to")
     given = parser.parse_args()
@@ -110,6 +112,8 @@ def make(given: argparse.Namespace, out: Path, text: Path, recipe: str, name: st
     overrides = [f"data={json.dumps({given.pair: data})}", f"run_dir={out / name}"]
     if recipe == "heal":
         overrides += [f"model={out / 'adapted' / 'models' / 'adapted'}", f"cache={out / given.first}"]
+        if given.given:
+            overrides.append(f"search.given=[{given.given}]")
     return run(load_recipe(RECIPES / f"{recipe}.yaml", [*overrides, *changes, *given.set]), Reporter())
 
 

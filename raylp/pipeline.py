@@ -30,7 +30,7 @@ from raylp.quantize.schemes import SCHEMES
 from raylp.recipe import Recipe, binding, differences, dump_recipe, parse_recipe
 from raylp.rundir import RunDir
 from raylp.search.legs import stops_of
-from raylp.search.targets import target_of
+from raylp.search.targets import given_depths, target_of
 
 SCHEMA = 1
 
@@ -212,7 +212,6 @@ def check_names(context: Context, only: str | None) -> None:
 def check_model(context: Context) -> None:
     """The model has a decoder stack, and enough layers for the recipe."""
     from raylp.models.load import model_class
-    from raylp.models.view import check_removed
 
     model_class(context.original)
     num_layers = stack_size(context.original)
@@ -222,7 +221,7 @@ def check_model(context: Context) -> None:
     for name in search.objective:
         check_objective(name)
     if search.given is not None:
-        check_removed(search.given, num_layers)
+        given_depths(search, num_layers)
     else:
         target_of(search, context.original)
 

@@ -169,9 +169,10 @@ class Recipe(Section):
             raise ValueError(f"heal.start: {start} needs repair.methods to name {method!r}")
         if self.heal is not None and self.heal.every is not None:
             search = self.search
-            if search is None or (search.layers is None and search.remove is None):
+            if search is None or search.given is not None or (search.layers is None and search.remove is None):
                 raise ValueError(
-                    "heal.every heals on the way to a number of layers: set search.layers or search.remove"
+                    "heal.every heals on the way of a search to a number of layers: set search.layers or "
+                    "search.remove, without search.given"
                 )
             if search.max_loss is not None or search.swaps or search.strategy == "oneshot":
                 raise ValueError("heal.every: each leg is a search of its own: leave out max_loss, swaps and oneshot")

@@ -512,6 +512,13 @@ def driver(run: Path, data: dict[str, Path], script: str = DRIVER, **section: ob
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process: subprocess.Popen) -> None:
+    """Waits for the end of such a process, which must be a good one."""
+    told = process.communicate(timeout=600)[1]
+    # Ray prints the workers' lines after the exception.
+    assert process.returncode == 0, told[max(told.rfind("Traceback"), 0) :]
+
+
 def killed_on_the_way(run: Path, data: dict[str, Path], **section: object) -> list[dict]:
     """Kills such a process as soon as Ray Train knows of a checkpoint; the steps that the last such one holds."""
     first = driver(run, data, **section)
@@ -539,8 +546,7 @@ def test_a_killed_driver_goes_on_at_its_last_checkpoint(
 ) -> None:
     """With another number of workers, in other portions: neither changes a step."""
     kept = killed_on_the_way(tmp_path, toy_data)
-    second = driver(tmp_path, toy_data, workers=2, row_tokens=500, checkpoint_every=7)
-    assert (second.communicate(timeout=600)[1], second.returncode)[1] == 0
+    finish(driver(tmp_path, toy_data, workers=2, row_tokens=500, checkpoint_every=7))
     steps = records(tmp_path)
     assert steps[: len(kept)] == kept, "steps before the checkpoint were not computed again"
     assert [record["step"] for record in steps] == list(range(1, 27))
@@ -554,8 +560,7 @@ def test_adapters_whose_optimizer_is_shared_out_go_on_with_another_number_of_wor
     stage: int, before: int, after: int, healed: Path, toy_data: dict[str, Path], tmp_path: Path
 ) -> None:
     kept = killed_on_the_way(tmp_path, toy_data, workers=before, zero_stage=stage)
-    second = driver(tmp_path, toy_data, workers=after, zero_stage=stage)
-    assert (second.communicate(timeout=600)[1], second.returncode)[1] == 0
+    finish(driver(tmp_path, toy_data, workers=after, zero_stage=stage))
     steps = records(tmp_path)
     assert steps[: len(kept)] == kept and [record["step"] for record in steps] == list(range(1, 27))
     for mine, other in zip(steps, records(healed), strict=True):
@@ -580,8 +585,7 @@ def test_looks_at_dev_survive_a_killed_driver(toy_data: dict[str, Path], tmp_pat
     runs = [tmp_path / name for name in ("killed", "undisturbed")]
     killed_on_the_way(runs[0], toy_data, **section)
     for run in runs:
-        process = driver(run, toy_data, **section)
-        assert (process.communicate(timeout=600)[1], process.returncode)[1] == 0
+        finish(driver(run, toy_data, **section))
     told, whole = ({r["step"]: r["dev_chrf"] for r in records(run) if "dev_chrf" in r} for run in runs)
     assert list(told) == [4, 8, 12, 16, 20, 24, 26]
     assert told == pytest.approx(whole, abs=1e-6)

@@ -101,7 +101,8 @@ def test_plans_of_legs_are_one_plan_in_the_originals_numbers() -> None:
 @pytest.mark.parametrize(
     ("sections", "problem"),
     [
-        ({"search": {"given": [3]}}, "search.layers or search.remove"),
+        ({"search": {"given": [3]}}, "set search.layers or search.remove"),
+        ({"search": {"given": [3], "layers": 7}}, "without search.given"),
         ({"search": {"layers": LAYERS, "strategy": "oneshot"}}, "oneshot"),
         ({"search": {"layers": LAYERS}, "repair": {}}, "repair"),
         ({"search": {"layers": LAYERS}, "heal": {**HEAL, "when": "before"}}, "when: after or both"),

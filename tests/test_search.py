@@ -129,6 +129,22 @@ def test_a_published_list_needs_no_search(toy_checkpoint: Path, toy_data: dict[s
     assert (tmp_path / "models/pruned-6/model.safetensors").exists() and generations(tmp_path) == []
 
 
+def test_a_published_list_is_cut_to_several_depths(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    search = {"given": [6, 2, 4], "layers": [5, 7]}
+    run(recipe_for(toy_checkpoint, toy_data, tmp_path, search=search), Reporter(quiet=True))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    depths = [{"layers": 7, "removed": [6]}, {"layers": 5, "removed": [6, 2, 4]}]
+    assert plan["depths"] == depths and plan["removed"] == [6, 2, 4]
+    for depth in depths:
+        card = json.loads((tmp_path / f"models/pruned-{depth['layers']}/raylp.json").read_text())
+        assert card["removed"] == depth["removed"]
+    with pytest.raises(UserError, match=r"4 of 8 layers are to stay, and search.given names 3 .*: 5 to 7 can stay"):
+        search["layers"] = [4, 7]
+        run(recipe_for(toy_checkpoint, toy_data, tmp_path / "short", search=search), Reporter(quiet=True))
+
+
 def test_stack_path_without_weights() -> None:
     assert stack_path(toy.tiny_random("gemma3")) == "model.language_model.layers"
     assert stack_path(toy.tiny_random("llama")) == "model.layers"

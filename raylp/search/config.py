@@ -15,9 +15,10 @@ class Search(Section):
     """How many layers go, and how candidates are scored.
 
     The target is `layers` (how many stay; a list gives several depths from one search), `remove` (how many go), `given`
-    (which go, in the original model's numbers: a published list, no search), `parameters` or `bytes` (the most the
-    model may have), `latency` (share of the unpruned model's estimated time for a token) or `max_loss` (points of the
-    objective that may be lost). One of them is set; `max_loss` also beside another, which then is given up for it.
+    (which go, in this order and the original model's numbers: a published list, no search), `parameters` or `bytes`
+    (the most the model may have), `latency` (share of the unpruned model's estimated time for a token) or `max_loss`
+    (points of the objective that may be lost). One of them is set; `max_loss` also beside another, which then is given
+    up for it; `layers` also beside `given`, of whose list each depth then takes as many as have to go.
 
     `objective`: a metric (chrF++, BLEU, a COMET checkpoint, likelihood, agreement, module:function), or several with
     their weights. `strategy`: `race` scores candidates on as few sentences as the `risk` allows, `exhaustive` all on
@@ -81,7 +82,8 @@ class Search(Section):
     @model_validator(mode="after")
     def _checked(self) -> "Search":
         named = [key for key in TARGETS if getattr(self, key) is not None]
-        if len(set(named) - {"max_loss"}) > 1 or not named or (self.given is not None and self.max_loss is not None):
+        beside = "layers" if self.given is not None else "max_loss"
+        if len(set(named) - {beside}) > 1 or not named:
             raise ValueError(
                 "set one of layers (how many stay), remove (how many go), given (which go), parameters, bytes, "
                 "latency, max_loss"

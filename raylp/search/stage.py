@@ -28,7 +28,7 @@ from raylp.search.evaluator import LedgerEvaluator
 from raylp.search.plan import Removed, Round, num_evaluations, protected_layers
 from raylp.search.short_heal import ShortHeal
 from raylp.search.strategies import TIMES, Options, Search
-from raylp.search.targets import Target, most_evaluations, target_of
+from raylp.search.targets import Target, given_depths, most_evaluations, target_of
 from raylp.search.worker import SearchWorker, Work, pieces
 
 SCHEMA = 1
@@ -155,11 +155,10 @@ def search_from(context: Context) -> dict[str, Any]:
     assert section is not None
     path = context.baseline
     if section.given is not None:
-        from raylp.models.view import check_removed
-
-        gone = tuple(check_removed(section.given, stack_size(path)))
-        write_plan(context, stack_size(path), gone, [], None, {})
-        return {"removed": section.given, "evaluations": 0}
+        depths = given_depths(section, stack_size(path))
+        gone = depths[-1]["removed"]
+        write_plan(context, stack_size(path), gone, [], None, {"depths": depths})
+        return {"removed": gone, "evaluations": 0}
     target = target_of(section, path)
     cache = RunDir(context.recipe.cache) if context.recipe.cache else None
     ledger = Ledger(context.rundir, cache)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raylp.errors import UserError
 from raylp.models.checkpoint import Costs, layer_costs, stack_size
@@ -130,6 +131,26 @@ def target_of(section: Section, path: Path) -> Target:
     )
     target.check()
     return target
+
+
+def given_depths(section: Section, num_layers: int) -> list[dict[str, Any]]:
+    """Of a list of layers that was given: for every depth, the layers that stay, and those removed, in order.
+
+    Raises:
+        UserError: the list does not fit the model, or is shorter than a depth needs.
+    """
+    from raylp.models.view import check_removed
+
+    assert section.given is not None
+    given = check_removed(section.given, num_layers)
+    depths = section.depths or [num_layers - len(given)]
+    for depth in depths:
+        if not 0 < num_layers - depth <= len(given):
+            raise UserError(
+                f"search.layers: {depth} of {num_layers} layers are to stay, and search.given names {len(given)} that "
+                f"may go: {num_layers - len(given)} to {num_layers - 1} can stay"
+            )
+    return [{"layers": depth, "removed": given[: num_layers - depth]} for depth in depths]
 
 
 def most_evaluations(section: Section, target: Target) -> int:
