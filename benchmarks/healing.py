@@ -7,8 +7,9 @@ searched on, the rest tells when to stop healing. Sentences of more than `--max-
 set. The recipes are recipes/healing/*.yaml, with what a variant changes. Every run is a run directory under
 --out/PAIR: what is done is not done again, so it may be stopped at any time. `controls`: at the smallest depth, the
 layers of the tail, of the middle and three random draws, healed as `--like` was, and the searched layers' difference to
-each, with its interval. --given 2,13,9,16: an earlier search's layers, in its order, instead of a search. --results: a
-file for the table.
+each, with its interval. --given 2,13,9,16: an earlier search's layers, in its order, instead of a search. --only-new:
+nothing that the other variants have too, such as the pruned models, and no baseline healed alike. --results: a file for
+the table.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylp.evaluate.compare import compare, find_entrant
+from raylp.names import REPAIRED
 from raylp.pipeline import run
 from raylp.progress import Reporter
 from raylp.recipe import load_recipe
@@ -40,6 +42,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "teacher": ("heal.data=teacher", "heal.epochs=2"),
     "repaired": ("heal=false", "distill=false", "repair={methods: [compensate, merge, concatenate]}"),
 }
+DEPTHS = (16, 14)  # of recipes/healing/heal.yaml
+HEALED_ONLY = ("heal.baseline=false", "evaluate={models: [healed]}")
 DRAWS = 3
 
 
@@ -53,6 +57,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=600)
     parser.add_argument("--max-words", type=int, default=60)
     parser.add_argument("--given", metavar="LAYERS", help="layers that go, in order, instead of a search")
+    parser.add_argument("--only-new", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
     parser.add_argument("--results", type=Path, help="a file that the table so far is written to")
     given = parser.parse_args()
@@ -74,12 +79,11 @@ def main() -> None:
         plan = runs[0][1].read_json("plan.json")
         searched = f"{out / given.like}:healed-{plan['num_layers'] - len(plan['removed'])}"
         for name, layers in controls(plan["num_layers"], len(plan["removed"])).items():
-            healed_only = ("heal.baseline=false", "evaluate={models: [healed]}")
-            add(name, *VARIANTS[given.like], *healed_only, f"search={{given: {layers}}}")
+            add(name, *VARIANTS[given.like], *HEALED_ONLY, f"search={{given: {layers}}}")
             differences.append((f"searched - {name} {layers}", difference(searched, str(out / name))))
     for variant in variants:
         if variant != given.like:
-            add(variant, *VARIANTS[variant])
+            add(variant, *VARIANTS[variant], *(only_new(variant) if given.only_new else ()))
     show(runs, differences, given.results)
 
 
@@ -125,6 +129,14 @@ def controls(num_layers: int, count: int) -> dict[str, list[int]]:
     for draw in range(DRAWS):
         found[f"random-{draw + 1}"] = sorted(random.Random(draw).sample(inner, count))
     return found
+
+
+def only_new(variant: str) -> list[str]:
+    """Changes that leave out of a variant what the others have too."""
+    kinds = list(REPAIRED.values()) if variant == "repaired" else ["healed"]
+    models = [f"{kind}-{depth}" for depth in DEPTHS for kind in kinds]
+    changes = [f"evaluate={{models: {json.dumps(models)}}}"]
+    return changes if variant == "repaired" else ["heal.baseline=false", *changes]
 
 
 def difference(a: str, b: str) -> str:

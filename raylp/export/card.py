@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raylp.data.languages import language_name, split_pair
 from raylp.data.prompt import Prompt
-from raylp.models.checkpoint import read_card
+from raylp.models.checkpoint import quantised_facts, read_card
 from raylp.models.source import licence
 from raylp.names import kind_of, whole_of
 from raylp.quantize.schemes import SCHEMES, Scheme
@@ -160,7 +160,7 @@ def training_sentences(facts: ModelFacts) -> list[str]:
 
 def scheme_of(facts: ModelFacts) -> Scheme | None:
     """How the weights are quantised, if they are."""
-    return SCHEMES.get((facts.card.get("quantized") or {}).get("scheme", ""))
+    return SCHEMES.get(quantised_facts(facts.card).get("scheme", ""))
 
 
 def model_card(facts: ModelFacts) -> str:
@@ -185,7 +185,7 @@ def model_card(facts: ModelFacts) -> str:
         trained=training_sentences(facts),
         scheme=scheme,
         engine=scheme.engine if scheme else None,
-        online=facts.card["quantized"]["scheme"] if scheme and scheme.maker == "vllm" else None,
+        online=quantised_facts(facts.card)["scheme"] if scheme and scheme.maker == "vllm" else None,
         hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not Path(facts.base).exists() else None,
         ancestors=[(shareable(model.name), list(model.removed)) for model in facts.line],
         licence_id=facts.licence if known else "other",

@@ -74,6 +74,11 @@ def read_card(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{card} is not JSON: {error}") from error
 
 
+def quantised_facts(card: dict[str, Any] | None) -> dict[str, Any]:
+    """Of a checkpoint's card, how it was quantised (scheme, bits, params, ...); empty where it was not."""
+    return (card or {}).get("quantized") or {}
+
+
 def count_parameters(path: Path) -> tuple[int, int]:
     """Parameters and bytes of weights in `path`, from the files' headers; tied weights are stored and counted once."""
     parameters = size = 0
@@ -194,7 +199,7 @@ def sizes(path: Path) -> dict[str, int]:
     A quantised one has the parameters of the model it was made from.
     """
     parameters, size = count_parameters(path)
-    parameters = ((read_card(path) or {}).get("quantized") or {}).get("params", parameters)
+    parameters = quantised_facts(read_card(path)).get("params", parameters)
     return {"layers": stack_size(path), "params": parameters, "bytes": size}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from raylp.errors import UserError
-from raylp.models.checkpoint import CARD, read_card
+from raylp.models.checkpoint import CARD, quantised_facts, read_card
 from raylp.models.source import fingerprint
 from raylp.quantize.schemes import SCHEMES
 
@@ -15,8 +15,7 @@ def quantised(path: Path) -> str | None:
     Raises:
         UserError: it is one that this raylp does not know.
     """
-    card = read_card(path) or {}
-    scheme = (card.get("quantized") or {}).get("scheme")
+    scheme = quantised_facts(read_card(path)).get("scheme")
     if scheme not in (None, *SCHEMES):
         raise UserError(f"{path / CARD}: quantised as {scheme!r}, which this raylp does not know: use a newer one")
     return scheme
