@@ -173,6 +173,42 @@ def test_the_page_is_there_and_needs_nothing_else(job: tuple[Path, str]) -> None
     assert HEALED in page and "http-equiv" not in page and 'src="http' not in page and 'href="http' not in page
 
 
+def test_the_dry_run_of_serve_can_be_deployed(job: tuple[Path, str], cluster_address: str, tmp_path: Path) -> None:
+    """`raylp serve --dry-run` into a file, the file to `serve deploy`, and a sentence to what then runs."""
+    run_dir, port = job[0], free_port()
+    sets = [f"--set=serve.port={port}", "--set=serve.models=[pruned]"]
+    told = subprocess.run(
+        [sys.executable, "-m", "raylp", "serve", str(run_dir), "--dry-run", *sets],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file = tmp_path / "serve.yaml"
+    file.write_text(told.stdout)
+    serve = str(Path(sys.executable).parent / "serve")
+    subprocess.run([serve, "deploy", str(file), "--address", cluster_address], check=True, capture_output=True)
+    try:
+        deadline = time.monotonic() + 4 * START_S
+        while not is_up(f"http://127.0.0.1:{port}/health"):
+            assert time.monotonic() < deadline, subprocess.run(
+                [serve, "status", "--address", cluster_address], capture_output=True, text=True
+            ).stdout
+            time.sleep(1)
+        row = toy.toy_splits()["test"][0]
+        body = {"sentences": [row["source"]], "model": PRUNED}
+        answer = httpx.post(f"http://127.0.0.1:{port}/translate", json=body, timeout=120).json()
+        assert answer["translations"] == [row["target"]]
+    finally:
+        subprocess.run([serve, "shutdown", "--address", cluster_address, "--yes"], check=True, capture_output=True)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def test_again_does_nothing(job: tuple[Path, str]) -> None:
     run_dir, _ = job
     before = read(run_dir, "manifest.json")["stages"]
