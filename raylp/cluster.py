@@ -132,6 +132,21 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
             )
 
 
+def num_nodes() -> int:
+    """Machines of the cluster that are alive."""
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def on_head() -> bool:
+    """Whether this process is on the cluster's head node."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and "node:__internal_head__" in node["Resources"] for node in ray.nodes())
+
+
 def session_logs() -> str:
     """The directory of Ray's own logs in this session."""
     import ray

@@ -19,7 +19,7 @@ from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
 from raylp.heal.disk import checkpoint_bytes
-from raylp.machine import machine, versions
+from raylp.machine import SERVING, machine, versions
 from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, stack_size
@@ -189,7 +189,7 @@ def check_names(context: Context, only: str | None) -> None:
         made += ["healed", *(["baseline-healed"] if heal.baseline else [])] if heal.when != "before" else []
     asked: dict[str, Sequence[str]] = {"quantize.models": quantised.models if quantised else ()}
     asked["evaluate.models"] = (recipe.evaluate.models or ()) if recipe.evaluate else ()
-    asked["bench.models"] = recipe.bench.models if recipe.bench else ()
+    asked["bench.models"] = (recipe.bench.models or ()) if recipe.bench else ()
 
     def known(name: str, key: str) -> bool:
         whole, scheme = whole_of(name), name[len(whole_of(name)) + 1 :]
@@ -387,6 +387,8 @@ def fingerprints(context: Context) -> dict[str, str]:
             fingerprint(context.original),
             context.dtype,
         ]
+        if stage.name == "bench":  # speed is of a machine and its engines
+            content += [machine(), versions(SERVING)]
         found[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return found
 

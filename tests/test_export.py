@@ -274,7 +274,7 @@ def test_no_place_of_this_machine_is_in_a_portable_recipe() -> None:
         "model": {"name": f"{here}/adapted"},
         "data": {"a:en-de": {"train": [f"{here}/train/t.en", f"{here}/train/t.de"], "mono": f"{here}/mono.txt"}},
         "search": {"layers": 3, "objective": {f"{here}/comet": 1.0}},
-        "distill": {"teacher": f"{here}/teacher", "filters": {"comet": f"{here}/kiwi"}},
+        "distill": {"teacher": f"{here}/big", "filters": {"comet": f"{here}/kiwi"}},
         "evaluate": {"metrics": [f"{here}/comet"]},
         "serve": {"api_keys": f"{here}/keys"},
         "resources": {"address": "ray://10.0.0.7:10001"},

@@ -152,7 +152,7 @@ def test_each_engine_runs_its_own(bits: tuple[Path, dict], capsys: pytest.Captur
 def test_ideal_counts_the_bytes_that_are_stored(bits: tuple[Path, dict]) -> None:
     run_dir, _ = bits
     names = (PRUNED, f"{PRUNED}-int8", f"{PRUNED}-nf4")
-    found = ideal({name: run_dir / "models" / name for name in names}, [1], 10, 2)
+    found = ideal({name: run_dir / "models" / name for name in names}, {"c1": 1}, 10, 2)
     whole, eight, four = (found[name] for name in names)
     assert whole["multiply_adds_per_token"] == eight["multiply_adds_per_token"] == four["multiply_adds_per_token"]
     assert 0.5 <= eight["bytes"]["layers"] / whole["bytes"]["layers"] < 0.6
@@ -192,7 +192,7 @@ def test_what_vllm_quantises_itself_takes_no_room_twice(
     assert engine_options(made) == {"quantization": "fp8_per_channel"} and engine_options(toy_checkpoint) == {}
     assert (engine_of(made), whole_of(made.name)) == ("vllm", "baseline")
     assert read_card(toy_checkpoint) is None, "the card is the variant's alone"
-    found = ideal({"baseline": toy_checkpoint, made.name: made}, [1], 10, 2)
+    found = ideal({"baseline": toy_checkpoint, made.name: made}, {"c1": 1}, 10, 2)
     assert found[made.name]["bytes"]["layers"] == found["baseline"]["bytes"]["layers"] / 2
 
 
@@ -205,6 +205,24 @@ def test_names() -> None:
     found = comparisons(["baseline", "healed-14", "baseline-healed", "healed-14-nf4", "baseline-nf4"])
     assert ("healed-14-nf4", "healed-14") in found and ("healed-14-nf4", "baseline") in found
     assert found.count(("baseline-nf4", "baseline")) == 1
+
+
+def test_what_is_measured_by_default(tmp_path: Path) -> None:
+    """Every variant of the two that an engine of some load runs."""
+    there = {}
+    for name in ("baseline", "pruned-16", "pruned-14", "healed-14", "baseline-w8a8", "healed-14-nf4", "pruned-14-nf4"):
+        there[name] = tmp_path / name
+        there[name].mkdir()
+        scheme = name.rpartition("-")[2]
+        write_card(there[name], {"quantized": {"scheme": scheme}} if scheme in SCHEMES else {})
+    assert list(compared(Bench(), there)) == ["baseline", "healed-14", "baseline-w8a8"]
+    offline = Bench(batches=[4], backends=["transformers"])
+    assert list(compared(offline, there)) == ["baseline", "healed-14", "baseline-w8a8", "healed-14-nf4"]
+    assert list(compared(Bench(), {name: there[name] for name in ("baseline", "pruned-14")})) == [
+        "baseline",
+        "pruned-14",
+    ]
+    assert list(compared(Bench(models=["pruned"]), there)) == ["pruned-14"]
 
 
 def test_a_table_leaves_out_what_was_not_measured() -> None:

@@ -174,11 +174,14 @@ def test_the_page_is_there_and_needs_nothing_else(job: tuple[Path, str]) -> None
 
 
 def test_the_dry_run_of_serve_can_be_deployed(job: tuple[Path, str], cluster_address: str, tmp_path: Path) -> None:
-    """`raylp serve --dry-run` into a file, the file to `serve deploy`, and a sentence to what then runs."""
+    """`raylp serve --dry-run` into a file, the file to `serve deploy`, and sentences to what then runs.
+
+    Where no model can be quick enough, requests of several sentences are what it is learned from too.
+    """
     run_dir, port = job[0], free_port()
-    sets = [f"--set=serve.port={port}", "--set=serve.models=[pruned]"]
+    options = [f"--set=serve.port={port}", "--set=serve.models=[baseline, pruned]", "--slo=p90=1ms"]
     told = subprocess.run(
-        [sys.executable, "-m", "raylp", "serve", str(run_dir), "--dry-run", *sets],
+        [sys.executable, "-m", "raylp", "serve", str(run_dir), "--dry-run", *options],
         capture_output=True,
         text=True,
         check=True,
@@ -194,10 +197,14 @@ def test_the_dry_run_of_serve_can_be_deployed(job: tuple[Path, str], cluster_add
                 [serve, "status", "--address", cluster_address], capture_output=True, text=True
             ).stdout
             time.sleep(1)
-        row = toy.toy_splits()["test"][0]
-        body = {"sentences": [row["source"]], "model": PRUNED}
-        answer = httpx.post(f"http://127.0.0.1:{port}/translate", json=body, timeout=120).json()
-        assert answer["translations"] == [row["target"]]
+        rows = toy.toy_splits()["test"][:3]
+        body = {"sentences": [row["source"] for row in rows], "model": "auto"}
+        answered = []
+        for _ in range(3):
+            answer = httpx.post(f"http://127.0.0.1:{port}/translate", json=body, timeout=120).json()
+            answered.append(answer["model"])
+        assert answer["translations"] == [row["target"] for row in rows]
+        assert answered[0] == "baseline" and answered[-1] == PRUNED
     finally:
         subprocess.run([serve, "shutdown", "--address", cluster_address, "--yes"], check=True, capture_output=True)
 

@@ -14,16 +14,17 @@ Metric = Literal["output_tokens_per_s", "requests_per_s", "ttft_ms", "tpot_ms", 
 class Bench(Section):
     """Load on the endpoint: for each number in `concurrency`, so many clients that each send request after request; for
     each in `rates`, so many requests a second that come at random moments. For each in `batches`, so many sentences at
-    once are given to an engine of each of `backends` itself, and translated to their end.
+    once are given to an engine of each of `backends` itself.
 
     `models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), measured in turn, `repeats`
-    times. A measurement is `requests` requests, or two for each client if that is more; before all, `warmup` go to
-    each model. `output_tokens`: of every answer; null: as many as the translation has.
+    times; by default the baseline, the healed or else pruned model, and what either was quantised to. A measurement is
+    `requests` requests, or two for each client if that is more; before all, `warmup` go to each model.
+    `output_tokens`: of every answer; null: as many as the translation has.
     `metric`: by which models are compared, chosen before measuring; `goodput`: the most ms of `ttft_ms`, `tpot_ms`
     or `e2e_ms` for a request to count as good.
     """
 
-    models: list[str] = Field(["baseline", "healed"], min_length=1)
+    models: list[str] | None = Field(None, min_length=1)
     concurrency: list[int] = [1, 8]
     rates: list[float] = []
     batches: list[int] = []

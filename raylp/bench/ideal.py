@@ -6,7 +6,7 @@ vocabulary does not: with 262144 entries it can be the larger part of a small mo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,11 @@ def work(path: Path) -> Work:
     )
 
 
-def ideal(models: dict[str, Path], concurrency: Sequence[int], context: float, bytes_per_number: int) -> dict[str, Any]:
-    """For each model: its parts in bytes and multiply-adds a token, and the best speed-up over the first one.
+def ideal(models: dict[str, Path], loads: Mapping[str, int], context: float, bytes_per_number: int) -> dict[str, Any]:
+    """For each model: its parts in bytes and multiply-adds a token, and the best speed-up over the first one by load.
 
-    `context`: tokens before the one that is made, on average. Sliding windows are not looked at.
+    `loads`: by name, how many sequences are at work at a time; `context`: tokens before the one that is made, on
+    average. Sliding windows are not looked at.
     """
     works = {name: work(path) for name, path in models.items()}
     first = next(iter(works.values()))
@@ -100,12 +101,12 @@ def ideal(models: dict[str, Path], concurrency: Sequence[int], context: float, b
             },
             "multiply_adds_per_token": round(own.multiply_adds(1, context)),
             "speedup": {
-                f"c{c}": {
-                    "by_bytes": first.bytes_read(c, context, bytes_per_number)
-                    / own.bytes_read(c, context, bytes_per_number),
-                    "by_operations": first.multiply_adds(c, context) / own.multiply_adds(c, context),
+                load: {
+                    "by_bytes": first.bytes_read(at_once, context, bytes_per_number)
+                    / own.bytes_read(at_once, context, bytes_per_number),
+                    "by_operations": first.multiply_adds(at_once, context) / own.multiply_adds(at_once, context),
                 }
-                for c in concurrency
+                for load, at_once in loads.items()
             },
         }
         for name, own in works.items()

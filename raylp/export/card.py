@@ -16,6 +16,7 @@ from raylp.names import kind_of, whole_of
 from raylp.quantize.schemes import SCHEMES, Scheme
 from raylp.report import numbers
 from raylp.report.contents import Contents, Model, read_contents
+from raylp.report.facts import measured_how
 from raylp.report.search_words import (
     floor_sentences,
     healed_sentences,
@@ -198,7 +199,8 @@ def model_card(facts: ModelFacts) -> str:
         differences=[c for c in contents.comparisons if facts.name in (c.a, c.b) and {c.a, c.b} & set(beside)],
         data=contents.manifest.get("data") or {},
         versions=contents.manifest.get("versions") or {},
-        machine=contents.manifest.get("machine") or {},
+        machine=contents.bench.get("machine") or contents.manifest.get("machine") or {},
+        measured=measured_how(contents),
         pair=pair,
         example=_literal(facts.prompt, pair),
         raylp=contents.manifest.get("raylp", ""),

@@ -23,7 +23,7 @@ from raylp.rundir import RunDir
 # What `raylp translate` imports. vllm is installed where there is a GPU.
 NEEDED = ("numpy", "pydantic", "pyyaml", "safetensors", "torch", "transformers", "typer")
 FOR_BITS = ("accelerate", "bitsandbytes")  # and for models that bitsandbytes has quantised
-BASE = "base"  # beside the recipe, where the base is no model that others can name
+BASE, TEACHER = "base", "teacher"  # beside the recipe, where they are no models that others can name
 SCRIPTS = ("setup.sh", "run.sh", "compress.sh")
 # The task's codes, and those that a run may name the same languages by.
 CODES = {
@@ -46,6 +46,7 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         loader=PackageLoader("raylp.export"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     scheme = scheme_of(facts)
+    teacher = str((facts.contents.recipe.get("distill") or {}).get("teacher", "base"))
     values: dict[str, Any] = {
         "facts": facts,
         "engine": scheme.engine if scheme else None,
@@ -54,6 +55,7 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         "torch": _version("torch"),
         "vllm": _vllm(),
         "base": shareable(facts.line[0].name) if _is_path(facts.line[0].name) else None,
+        "teacher": shareable(teacher) if _is_path(teacher) else None,
     }
     for script in SCRIPTS:
         file = target / script
@@ -106,6 +108,8 @@ def portable_recipe(text: str) -> str:
                 folder = f"data/{source.replace(':', '-')}/{key}"
                 files = [f"{folder}/{Path(file).name}" for file in _listed(value)]
                 corpus[key] = files[0] if isinstance(value, str) else files
+    if (distill := recipe.get("distill")) and _is_path(distill.get("teacher", "base")):
+        distill["teacher"] = TEACHER
     recipe |= {"run_dir": "run", "cache": None}
     return yaml.safe_dump(_without_paths(recipe), sort_keys=False, allow_unicode=True)
 

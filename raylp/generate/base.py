@@ -39,10 +39,12 @@ class Generator(Protocol):
     """A resident model that translates with any of its layers left out.
 
     `backend`: `transformers` or `vllm`; `dtype`: of weights and activations. Both are part of every score's key.
+    `rule`: where translations end.
     """
 
     backend: str
     dtype: str
+    rule: "StopRule"
 
     def generate(
         self,
@@ -59,6 +61,10 @@ class Generator(Protocol):
 
     def generate_together(self, asked: Sequence[Asked]) -> list[list[Output]]:
         """What `generate` gives for each of `asked`, at once as far as the backend can; rounding may differ."""
+        ...
+
+    def forget(self) -> None:
+        """Lets go of what is remembered of earlier prompts, so that none is answered more quickly for it."""
         ...
 
 
@@ -80,6 +86,14 @@ class StopRule:
             if reason := self.finished(tokens[:end]):
                 return tuple(tokens[:end]), reason
         return tuple(tokens), "length"
+
+
+class _Never(StopRule):
+    def finished(self, tokens: Sequence[int]) -> str | None:
+        return None
+
+
+NEVER = _Never(frozenset())  # every translation is as long as it may be
 
 
 def loops(tokens: Sequence[int]) -> bool:

@@ -104,6 +104,9 @@ class TransformersGenerator:
         every = iter(range(len(requests)))
         return [[outputs[next(every)] for _ in own] for own, _, _ in asked]
 
+    def forget(self) -> None:
+        """Nothing is remembered from call to call."""
+
     def _beginning(self, requests: Sequence[Request]) -> tuple[int, ...]:
         """The tokens that all prompts begin with; none where a sliding cache would drop the first of them."""
         if len(requests) < 2:

@@ -124,6 +124,10 @@ class VLLMGenerator:
             made |= {i: [next(every) for _ in asked[i][0]] for i in own}
         return [made[i] for i in range(len(asked))]
 
+    def forget(self) -> None:
+        """Lets go of the cached keys and values of earlier prompts' beginnings."""
+        self._llm.reset_prefix_cache()
+
     def close(self) -> None:
         """Gives back the engine's memory; the generator is of no use afterwards."""
         if self._llm is None:

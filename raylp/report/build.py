@@ -15,9 +15,11 @@ from raylp.report import numbers, plots
 from raylp.report.contents import (
     STAGE_NAMES,
     Contents,
+    Model,
     Plan,
     Stat,
     Translation,
+    batch_size,
     concurrency,
     read_contents,
     read_stat,
@@ -94,8 +96,22 @@ def render_page(contents: Contents) -> str:
         resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
         speed_reference=facts.gains[0].reference if facts.gains else "",
         failed_requests=contents.bench.get("errors") or 0,
+        failed_where=failed_where(contents),
+        measured_how=derive.measured_how(contents),
+        taken=derive.taken(contents),
         plots_shown=PLOTS_SHOWN,
     )
+
+
+def failed_where(contents: Contents) -> str:
+    """`baseline at 8 requests at a time: 3`."""
+    failed = _mapping(contents.bench.get("failed"))
+    found = [
+        f"{model} at {numbers.setting(name)}: {numbers.anything(count)}"
+        for model, own in failed.items()
+        for name, count in _mapping(own).items()
+    ]
+    return "; ".join(found)
 
 
 def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
@@ -199,26 +215,37 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
 
 
 def tradeoffs(contents: Contents) -> list[str]:
-    """Quality of the main metric, on each test set, against size and against time for a token."""
+    """Quality of the main metric, on each test set, against size, time for a token, and time for one in a batch.
+
+    The time is that at the lightest load on the endpoint, and in the largest batches of each engine, where all have
+    their answers after the tokens of all.
+    """
     metric = derive.main_metric(contents)
     if metric is None:
         return []
-    setting = next(iter(contents.settings), None)
+    lightest = next((name for name in contents.settings if contents.timed(name)), None)
+    largest = {name.rpartition("-b")[0]: name for name in contents.settings if batch_size(name)}
     drawn = []
     for test_set in contents.test_sets:
         scored = [(model, stat) for model in contents.models if (stat := model.score(test_set, metric))]
         sized = [(model, model.bytes / 1e6, stat) for model, stat in scored if model.bytes]
         if len({size for _, size, _ in sized}) > 1:
             drawn.append(plots.plot_tradeoff(sized, metric, "size of the weights, MB", f"by-size-{test_set}"))
-        timed = [
-            (model, took.value, stat)
-            for model, stat in scored
-            if setting is not None and (took := model.measure(setting, "tpot_ms"))
-        ]
-        if len(timed) > 1 and setting is not None:
-            what = f"time for a token, ms, {numbers.setting(setting)}"
-            drawn.append(plots.plot_tradeoff(timed, metric, what, f"by-time-{test_set}"))
+        for setting in [*([lightest] if lightest else []), *largest.values()]:
+            timed = [(model, took, stat) for model, stat in scored if (took := token_ms(model, setting)) is not None]
+            if len(timed) > 1:
+                what = f"time for a token, ms, {numbers.setting(setting)}"
+                drawn.append(plots.plot_tradeoff(timed, metric, what, f"by-time-{setting}-{test_set}"))
     return drawn
+
+
+def token_ms(model: Model, setting: str) -> float | None:
+    """The median time between tokens of an answer, or in batches the time all took over the tokens of all."""
+    if batch_size(setting) is not None:
+        per_s = model.measure(setting, "output_tokens_per_s")
+        return 1000 / per_s.value if per_s is not None and per_s.value > 0 else None
+    took = model.measure(setting, "tpot_ms")
+    return took.value if took is not None else None
 
 
 def search_drawings(plan: Plan, metric: str, digits: int) -> dict[str, list[str]]:

@@ -332,9 +332,13 @@ class Contents:
 
     @property
     def settings(self) -> list[str]:
-        """Loads that were measured, such as `c1`, the lightest first."""
+        """Loads that were measured, such as `c1`: clients, rates, batches; of each the lightest first."""
         found = dict.fromkeys(setting for model in self.models for setting in model.speed)
-        return sorted(found, key=lambda setting: (concurrency(setting) or 0, setting))
+        return sorted(found, key=_weight)
+
+    def timed(self, setting: str) -> bool:
+        """Whether its requests were timed one by one, as those to the endpoint are."""
+        return any("tpot_ms" in model.speed.get(setting, {}) for model in self.models)
 
     @property
     def objective(self) -> dict[str, float]:
@@ -519,6 +523,26 @@ def read_stat(value: Any) -> Stat | None:
 def concurrency(setting: str) -> int | None:
     """`c8` is 8 requests at a time."""
     return int(setting[1:]) if setting[:1] == "c" and setting[1:].isdigit() else None
+
+
+def _weight(setting: str) -> tuple[int, float, str]:
+    """Orders loads by kind, then size."""
+    for kind, size_of in enumerate((concurrency, arrival_rate, batch_size)):
+        if (size := size_of(setting)) is not None:
+            return kind, size, setting
+    return 3, 0, setting
+
+
+def arrival_rate(setting: str) -> float | None:
+    """`r2.5` is 2.5 requests a second."""
+    number = setting[1:]
+    return float(number) if setting[:1] == "r" and number.replace(".", "", 1).isdigit() else None
+
+
+def batch_size(setting: str) -> int | None:
+    """`vllm-b16` is 16 sentences at once."""
+    backend, _, size = setting.rpartition("-b")
+    return int(size) if backend and size.isdigit() else None
 
 
 def _beyond(gone: tuple[int, ...], removed: Any) -> tuple[int, ...]:

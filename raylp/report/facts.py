@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, Stat, read_stat
+from raylp.report.contents import Contents, Model, Stat, batch_size, read_stat
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,61 @@ def ideal(contents: Contents, gain: Gain) -> float | None:
     # bench.json holds them over the first model it measured, which need not be the reference.
     ours, theirs = (value if isinstance(value, (int, float)) and value > 0 else None for value in ideals)
     return None if ours is None or theirs is None else ours / theirs
+
+
+def measured_how(contents: Contents) -> str:
+    """How the speed figures came about, in a sentence or two."""
+    bench = contents.bench
+    tokens, requests, repeats = (bench.get(key) for key in ("output_tokens", "requests", "repeats"))
+    where = []
+    if any(batch_size(name) is None for name in contents.settings):
+        where.append(f"at the endpoint{f' with {numbers.anything(requests)} requests' if requests else ''}")
+    if any(batch_size(name) is not None for name in contents.settings):
+        where.append("in batches given to an engine itself")
+    said = "Measured " + " and ".join(where)
+    if repeats:
+        said += f", {numbers.anything(repeats)} times over"
+    said += ", the models in turn"
+    if not bench:
+        return said + "."
+    if tokens:
+        return said + f"; every answer has {numbers.anything(tokens)} tokens, the same for every model."
+    return said + "; an answer has as many tokens as the model gives it, so models that say less are done sooner."
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a model took in an engine: bytes of memory and of a GPU, seconds to start, joules for 1,000 tokens."""
+
+    model: str
+    engine: str
+    memory: float | None
+    gpu: float | None
+    ready: float | None
+    energy: str
+
+
+def taken(contents: Contents) -> list[Taken]:
+    """As far as the benchmark could note it."""
+    found = []
+    for model in contents.models:
+        noted = [_inside(contents.bench, key, model.name) for key in ("memory_bytes", "gpu_bytes", "ready_s")]
+        energy = _inside(contents.bench, "energy", model.name)
+        for engine in dict.fromkeys(engine for own in noted for engine in own):
+            own = {
+                setting: stat.value
+                for setting, value in energy.items()
+                if (setting.rpartition("-b")[0] or "endpoint") == engine and (stat := read_stat(value)) is not None
+            }
+            joules = "; ".join(f"{numbers.setting(s)}: {numbers.significant(value)}" for s, value in own.items())
+            memory, gpu, ready = (value if isinstance(value := of.get(engine), (int, float)) else None for of in noted)
+            found.append(Taken(model.name, engine, memory, gpu, ready, joules or numbers.NONE))
+    return found
+
+
+def _inside(value: Any, *keys: str) -> dict[str, Any]:
+    found = _dig(value, *keys)
+    return found if isinstance(found, dict) else {}
 
 
 def _dig(value: Any, *keys: str) -> Any:

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from raylp.report.contents import Stat, concurrency
+from raylp.report.contents import Stat, arrival_rate, batch_size, concurrency
 
 MINUS = "−"
 NONE = "–"
@@ -143,11 +143,10 @@ def layers(indices: Any, joiner: str = ", ") -> str:
 
 def setting(name: str) -> str:
     """`c1` is `1 request at a time`, `r2.5` is `2.5 requests a second`."""
-    if name[:1] == "r" and name[1:].replace(".", "", 1).isdigit():
+    if arrival_rate(name) is not None:
         return "1 request a second" if name == "r1" else f"{name[1:]} requests a second"
-    backend, _, size = name.rpartition("-b")
-    if backend and size.isdigit():
-        return f"{size} at once, {backend}"
+    if (size := batch_size(name)) is not None:
+        return f"{size} at once, {name.rpartition('-b')[0]}"
     at_once = concurrency(name)
     if at_once is None:
         return name

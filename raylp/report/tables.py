@@ -7,7 +7,7 @@ from rich.table import Table
 
 from raylp.report import numbers
 from raylp.report.contents import Contents, Model, read_contents, read_stat
-from raylp.report.facts import SPEED_MEASURES, find_facts
+from raylp.report.facts import SPEED_MEASURES, find_facts, taken
 from raylp.report.search_words import objective_digits, objective_label, search_lines
 from raylp.rundir import RunDir
 
@@ -30,7 +30,13 @@ def print_tables(rundir: RunDir, console: Console) -> None:
         objective = objective_label(contents.objective)
         for line in search_lines(contents.plan, objective, objective_digits(contents.objective, contents.plan)):
             console.print(line, markup=False, highlight=False)
-    for table in (*model_tables(contents), speed_table(contents), ratio_table(contents), *comparison_tables(contents)):
+    for table in (
+        *model_tables(contents),
+        speed_table(contents),
+        ratio_table(contents),
+        taken_table(contents),
+        *comparison_tables(contents),
+    ):
         if table.row_count:
             console.print()
             console.print(table)
@@ -103,6 +109,20 @@ def ratio_table(contents: Contents) -> Table:
                 said = found["verdict"] if found["verdict"] != "unclear" else "unclear, for the noise"
                 over = f"{escape(model)} over {escape(found['over'])}"
                 table.add_row(over, escape(numbers.setting(setting)), ratio, said)
+    return table
+
+
+def taken_table(contents: Contents) -> Table:
+    """Memory, start-up and energy, as far as they were noted."""
+    table = _table("What it took")
+    table.add_column("model", no_wrap=True)
+    table.add_column("engine")
+    for name in ("memory", "GPU", "start-up"):
+        table.add_column(name, justify="right")
+    table.add_column("J for 1,000 tokens")
+    for row in taken(contents):
+        sizes = (numbers.size(row.memory), numbers.size(row.gpu), numbers.duration(row.ready))
+        table.add_row(escape(row.model), row.engine, *sizes, escape(row.energy))
     return table
 
 

@@ -29,7 +29,7 @@ from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
 from raylp.quantize.engines import engine_of, engine_options, run_by
 from raylp.serve.config import Serve
-from raylp.serve.gate import read_keys
+from raylp.serve.gate import digest, read_keys
 
 APP = "raylp"
 MARK = "VLLM_LOGGING_CONFIG_PATH"  # in the environment of every process of an engine, another for each model
@@ -93,7 +93,8 @@ def usage(context: Context, url: str, names: Sequence[str]) -> str:
     else:
         path, body["prompt"], body["stop"] = "completions", asked, "\n"
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    example = f"curl {url}/v1/{path} -H 'Content-Type: application/json' -d {data}"
+    key = "-H 'Authorization: Bearer KEY' " if context.recipe.serve.api_keys else ""
+    example = f"curl {url}/v1/{path} {key}-H 'Content-Type: application/json' -d {data}"
     return f"{url}/v1  models: {', '.join(names)}  page: {url}/  try: {example}"
 
 
@@ -127,14 +128,19 @@ def endpoint(
     gpus = engine_gpus(config, engines, ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(config, context.dtype, gpus)
     what = f"serving {', '.join(models)} ({engines} engines)" if engines > 1 else f"serving {next(iter(models))}"
+    if not cluster.on_head():
+        raise UserError(
+            f"{what}: the endpoint is on the cluster's head node, and this is another: start it there, or with "
+            f"raylp submit"
+        )
     cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus * config.tensor_parallel)
-    if gpus == 0 and _num_nodes() == 1:
-        weights = [config.replicas * weights_bytes(path, dtype) for path in models.values()]
-        processes = SERVE_BYTES + sum(config.replicas * engine_bytes(path) for path in models.values())
+    if gpus == 0 and cluster.num_nodes() == 1:
+        most = config.max_replicas or config.replicas
+        weights = [most * weights_bytes(path, dtype) for path in models.values()]
+        processes = SERVE_BYTES + sum(most * engine_bytes(path) for path in models.values())
         sequences = num_sequences(config)
         caches = sum(
-            config.replicas * kv_cache_bytes(path, dtype, engine_length(config, path), sequences)
-            for path in models.values()
+            most * kv_cache_bytes(path, dtype, engine_length(config, path), sequences) for path in models.values()
         )
         check_memory(what, sum(weights), caches, processes, psutil.virtual_memory().available)
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
@@ -218,7 +224,7 @@ def serve_args(
         "gate": {
             "max_body_bytes": config.max_body_bytes,
             "max_waiting": config.max_waiting,
-            "keys": api_keys(config),
+            "keys": [digest(key) for key in api_keys(config)],
         },
         "run": {
             "prompt": context.prompt.model_dump(mode="json"),
@@ -240,7 +246,7 @@ def run_pairs(context: Context) -> list[str]:
 
 
 def api_keys(config: Serve) -> list[str]:
-    """SHA-256 of every key that may ask; none where the endpoint is open.
+    """Every key that may ask; none where the endpoint is open.
 
     Raises:
         UserError: the file of keys cannot be read or has none.
@@ -394,7 +400,7 @@ def _deploy(
         log.write_text("")
     from raylp.serve.app import build
 
-    app = build(serve_args(context, models, dtype, gpus, logs if _num_nodes() == 1 else None))
+    app = build(serve_args(context, models, dtype, gpus, logs if cluster.num_nodes() == 1 else None))
     serve.start(proxy_location="HeadOnly", http_options={"host": context.recipe.serve.host, "port": port})
     serve.run_many([RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
 
@@ -444,15 +450,20 @@ def _wait_until_ready(
 
 
 def _state(status: Any, name: str) -> str:
-    found = [d.status for key, d in status.deployments.items() if key == f"LLMServer:{name.replace('.', '_')}"]
+    found = [d.status for key, d in status.deployments.items() if key == _deployment(name)]
     return str(found[0].value) if found else "MISSING"
+
+
+def _deployment(name: str) -> str:
+    """What Ray Serve calls the engine of a model."""
+    return f"LLMServer:{name.replace('.', '_')}"
 
 
 def _why(status: Any, waiting: Sequence[str], logs: Mapping[str, Path]) -> str:
     """What the first engine that failed wrote last about it, and where to read more."""
     for name in waiting:
         log = logs[name]
-        messages = [d.message for key, d in status.deployments.items() if key.startswith(f"LLMServer:{name}")]
+        messages = [deployment.message for key, deployment in status.deployments.items() if key == _deployment(name)]
         text = log.read_text(errors="replace") if log.exists() else ""
         lines = error_lines(text) or error_lines("\n".join(messages)) or error_lines(status.message)
         if lines:
@@ -507,9 +518,3 @@ def _logging_config(log: Path) -> str:
 
 def _logging_file(log: Path) -> Path:
     return log.with_name(f".{log.stem}-logging.json")
-
-
-def _num_nodes() -> int:
-    import ray
-
-    return sum(bool(node["Alive"]) for node in ray.nodes())

@@ -223,6 +223,11 @@ async def refuse(send: Send, status: int, message: str, code: str, headers: dict
 
 
 def read_keys(text: str) -> list[str]:
-    """SHA-256 of each key in a file of one key a line; blank lines and comments (#) are left out."""
+    """The keys in a file of one key a line; blank lines and comments (#) are left out."""
     lines = (line.strip() for line in text.splitlines())
-    return [hashlib.sha256(line.encode()).hexdigest() for line in lines if line and not line.startswith("#")]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def digest(key: str) -> str:
+    """What is kept of a key: its SHA-256, in hex."""
+    return hashlib.sha256(key.encode()).hexdigest()

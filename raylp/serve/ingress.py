@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,15 @@ class RunIngress(OpenAiIngress):
         """One translation for each sentence, in order, by the run's prompt; a blank one for a blank one."""
         self._few(len(body.sentences), "sentences")
         pair = self._pair(body.pair)
-        load = TRAFFIC.at_work
-        model = self._model(body.model, load)
         started = time.perf_counter()
         lines = [one_line(sentence) for sentence in body.sentences]
         asked = [place for place, line in enumerate(lines) if line]
-        with ExitStack() as stack:
-            if self.chooser is not None and len(asked) == 1:  # several together say nothing of how long one takes
-                stack.enter_context(self.chooser.timing(model, load))
-            stack.enter_context(TRAFFIC.more(max(0, len(asked) - 1), self.run["max_waiting"]))
+        more = max(0, len(asked) - 1)
+        load = TRAFFIC.at_work + more
+        model = self._model(body.model, load)
+        with TRAFFIC.more(more, self.run["max_waiting"]):
             fitted = await asyncio.to_thread(self._fit, [lines[place] for place in asked], pair)
-            made = await all_or_none([self._answer(model, one.request) for one in fitted])
+            made = await all_or_none([self._answer(model, one.request, load) for one in fitted])
         texts = [""] * len(lines)
         for place, text in zip(asked, made, strict=True):
             texts[place] = text
@@ -210,24 +208,29 @@ class RunIngress(OpenAiIngress):
     async def _timed(
         self, answer: Callable[[Any, Request], Awaitable[Response]], body: Any, request: Request
     ) -> Response:
-        """The answer of a model, which `auto` is replaced by; its time is told to the one who chooses."""
-        load = TRAFFIC.at_work
+        """The answer of a model, which `auto` is replaced by; its time is told to the one who chooses.
+
+        Several answers to one request are at work together, and its time is that of the last.
+        """
         prompts = getattr(body, "prompt", None)
         several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
         count = (len(prompts) if several and prompts is not None else 1) * (body.n or 1)
         self._few(count, "answers")
+        load = TRAFFIC.at_work + count - 1
         body.model = self._model(body.model, load)
         with ExitStack() as stack:
             stack.enter_context(TRAFFIC.more(count - 1, self.run["max_waiting"]))
-            if self.chooser is not None and count == 1:
-                stack.enter_context(self.chooser.timing(body.model, load))
+            stack.enter_context(self._timing(body.model, load))
             response = await answer(body, request)
             response.headers[MODEL_HEADER] = body.model
             if isinstance(response, StreamingResponse):
                 response.body_iterator = Held(response.body_iterator, stack.pop_all())
             return response
 
-    async def _answer(self, model: str, wanted: Wanted) -> str:
+    def _timing(self, model: str, load: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.chooser is None else self.chooser.timing(model, load)
+
+    async def _answer(self, model: str, wanted: Wanted, load: int) -> str:
         body = CompletionRequest(
             model=model,
             prompt=list(wanted.tokens),
@@ -237,11 +240,12 @@ class RunIngress(OpenAiIngress):
             ignore_eos=True,  # the end tokens are among the stops
             return_token_ids=True,
         )
-        async for found in self._get_response(body=body, call_method="completions"):
-            if isinstance(found, ErrorResponse) or not hasattr(found, "choices"):
-                raise OpenAIHTTPException(found.error.code, found.error.message, found.error.type)
-            tokens, finish = self.rule.cut(found.choices[0].token_ids)
-            return to_output(self.tokenizer, tokens, finish, self.prompt.newline).text
+        with self._timing(model, load):
+            async for found in self._get_response(body=body, call_method="completions"):
+                if isinstance(found, ErrorResponse) or not hasattr(found, "choices"):
+                    raise OpenAIHTTPException(found.error.code, found.error.message, found.error.type)
+                tokens, finish = self.rule.cut(found.choices[0].token_ids)
+                return to_output(self.tokenizer, tokens, finish, self.prompt.newline).text
         raise HTTPException(502, f"model {model} gave no answer")
 
 
