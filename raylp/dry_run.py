@@ -108,9 +108,8 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
             tokens = sentences * per_sentence
         elif stage.name == "bench" and recipe.bench is not None:
             bench = recipe.bench
-            sentences = (
-                len(bench.models or ("baseline", "healed")) * bench.repeats * sum(map(bench.num_requests, bench.loads))
-            )
+            measured_models = bench.models or ("baseline", "healed")
+            sentences = len(measured_models) * bench.repeats * sum(map(bench.num_requests, bench.loads))
             tokens = sentences * (bench.output_tokens or per_sentence)
         seconds = START_S[stage.name] + scale * tokens / measured["tokens_per_s"]
         rows[stage.name] = {
