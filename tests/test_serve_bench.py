@@ -605,8 +605,8 @@ def test_answers_in_batches_are_as_long_as_is_asked(context: Context, backend: s
 
 
 def test_what_failed_is_measured_again(context: Context, tmp_path: Path) -> None:
+    plan = plan_bench(context)
     fresh = replace(context, rundir=RunDir(str(tmp_path)))
-    plan = plan_bench(fresh)
     first, second, *_ = plan.cells
     good = Measurement([Timing(1, 1, 1, 4)], [], 1.0).as_dict()
     fresh.rundir.write_json(plan.file(first), {"measurement": good})
