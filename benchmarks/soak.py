@@ -6,7 +6,7 @@ RUN is a run directory with that model and test text. Clients ask for completion
 in four is wrong in one of the ways of `WRONG`, or leaves in the middle of its stream. Told at the end: good requests
 and how many were not answered, what wrong ones were answered with, memory (USS of all processes of the endpoint) after
 each minute and its growth from the tenth on. After that a replica is killed under load: failed requests, and how long
-until all are answered again. Every minute is written to --out as it passes.
+until the next answer. Every minute is written to --out as it passes. --minutes 0: the killed replica alone.
 """
 
 import argparse
@@ -166,10 +166,10 @@ async def kill_a_replica(url: str, model: str, prompts: list[list[int]]) -> None
     killed.append(time.monotonic())
     await asyncio.wait_for(asyncio.gather(*clients), 600)
     after = [(when, fine) for when, fine in answered if when > killed[0]]
-    back = next(when for when, fine in reversed(after) if not fine) - killed[0]
-    print(
-        f"replica killed: {sum(not fine for _, fine in after)} requests failed, all answered again after {back:.0f} s"
-    )
+    last = max(when for when, fine in after if not fine)
+    back = min(when for when, fine in after if fine and when > last) - killed[0]
+    # Requests wait for the new replica; the first of them that is answered tells when it is there.
+    print(f"replica killed: {sum(not fine for _, fine in after)} requests failed, the next answer after {back:.0f} s")
 
 
 def print_table(soak: Soak, memory: list[dict[str, int]]) -> None:
@@ -179,6 +179,8 @@ def print_table(soak: Soak, memory: list[dict[str, int]]) -> None:
     for what, told in sorted(soak.told.items()):
         table.add_row(what, ", ".join(f"{status} x {count}" for status, count in sorted(told.items())))
     console.print(table)
+    if not memory:
+        return
     settled = memory[min(SETTLED_MIN, len(memory)) - 1]
     table = Table("process", f"MB after {min(SETTLED_MIN, len(memory))} min", f"after {len(memory)}", "growth")
     for kind in sorted(settled):
