@@ -16,6 +16,7 @@ from raylp.errors import UserError
 from raylp.generate.base import NEVER, Request
 from raylp.generate.pool import Worker
 
+GONE_S = 30.0
 CPUS = 0.5  # that a resident model claims of the cluster: they take turns, each with all cores
 
 
@@ -66,10 +67,13 @@ def resident(models: Sequence[str], gpus: float, newline: bool, log: Path, most:
     actor = ray.remote(BatchWorker).options(**options)
     workers = {name: actor.remote(cluster.cores(), newline, str(log), most) for name in models}
     try:
+        pids = ray.get([worker.pid.remote() for worker in workers.values()])
         yield workers
     finally:
         for worker in workers.values():
             ray.kill(worker)
+    if cluster.num_nodes() == 1:  # their memory is free when they are gone
+        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], GONE_S)
 
 
 def check_room(needed: Mapping[str, float], available: float) -> None:

@@ -38,6 +38,7 @@ from raylp.serve.endpoint import (
     Endpoint,
     api_keys,
     endpoint,
+    engine_bytes,
     engine_length,
     gpu_share,
     serve_dtype,
@@ -54,8 +55,8 @@ _ENGINE_SETTINGS = {
     "max_model_len",
     "tensor_parallel",
 }
-# Of a process with an engine and its libraries, without weights; measured on a CPU with 262144 tokens.
-BATCH_BYTES = {"vllm": 2.5e9, "transformers": 1.5e9}
+# Of a process with transformers, without weights; measured on a CPU, 16 sentences at once, 262144 tokens.
+TRANSFORMERS_BYTES = 1.5e9
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
@@ -251,7 +252,10 @@ def measure_batches(context: Context, plan: Plan) -> None:
             own = [cell for cell in waiting if cell.load.backend == backend]
             models = {cell.model: plan.models[cell.model] for cell in own}
             if not gpus and cluster.num_nodes() == 1:
-                needed = {name: BATCH_BYTES[backend] + weights_bytes(path, dtype) for name, path in models.items()}
+                needed = {
+                    name: weights_bytes(path, dtype) + (engine_bytes(path) if backend == "vllm" else TRANSFORMERS_BYTES)
+                    for name, path in models.items()
+                }
                 check_room(needed, psutil.virtual_memory().available)
             log = context.rundir.logs() / "bench"
             with resident(list(models), gpus, context.prompt.newline, log, most) as workers:
