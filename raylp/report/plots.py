@@ -408,7 +408,7 @@ def plot_speed(
     setting: str,
     limits: tuple[float, float],
 ) -> str:
-    """How many times as fast as the baseline; an open diamond is the most the smaller size could give."""
+    """How many times as fast as the baseline; an open diamond is what the smaller size alone would give."""
     names = [model for model in models if any(gain.model == model.name for gain in gains)]
     measures = [measure for measure in SPEED_MEASURES if any(gain.measure == measure for gain in gains)]
     with _axes(1.1 + 0.27 * len(measures) * (len(names) + 1), grid="x") as (figure, axes):
