@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from raylp.errors import UserError
-from raylp.serve.gate import Gate, Held, TooManyError, Traffic, digest, read_keys
+from raylp.serve.gate import Gate, Held, TooManyError, Traffic, key_hash, read_keys
 from raylp.serve.slo import Chooser, Objective, one_for_each_depth, read_objective
 
 KEY = hashlib.sha256(b"secret").hexdigest()
@@ -192,7 +192,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
 
 def test_keys_are_read_by_line() -> None:
     assert read_keys("# mine\nsecret\n\n  secret \n") == ["secret", "secret"]
-    assert digest("secret") == KEY and "secret" not in KEY
+    assert key_hash(b"secret") == KEY and "secret" not in KEY
 
 
 # --- by latency ---

@@ -29,7 +29,7 @@ from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
 from raylp.quantize.engines import engine_of, engine_options, run_by
 from raylp.serve.config import Serve
-from raylp.serve.gate import digest, read_keys
+from raylp.serve.gate import key_hash, read_keys
 
 APP = "raylp"
 MARK = "VLLM_LOGGING_CONFIG_PATH"  # in the environment of every process of an engine, another for each model
@@ -224,7 +224,7 @@ def serve_args(
         "gate": {
             "max_body_bytes": config.max_body_bytes,
             "max_waiting": config.max_waiting,
-            "keys": [digest(key) for key in api_keys(config)],
+            "keys": [key_hash(key.encode()) for key in api_keys(config)],
         },
         "run": {
             "prompt": context.prompt.model_dump(mode="json"),
