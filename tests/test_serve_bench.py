@@ -47,6 +47,7 @@ from raylp.bench.stage import (
     summary,
 )
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
+from raylp.cluster import cores
 from raylp.context import Context, Splits
 from raylp.data.corpus import read_pairs
 from raylp.data.prompt import Prompt
@@ -780,6 +781,8 @@ def test_the_file_for_a_cluster_builds_the_same_endpoint(context: Context, tmp_p
         "baseline",
         PRUNED,
     ]
+    for config in application.args["llm_configs"]:
+        assert config["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(cores()), "Ray would give it one thread"
     assert build(application.args) is not None
     with pytest.raises(UserError, match=r"serve.port: 0 means any free port"):
         deploy_file(context)

@@ -183,6 +183,7 @@ def serve_args(
         else:
             engine |= cpu_options(path, dtype, engine_length(config, path), num_sequences(config))
             engine["worker_cls"] = CPU_WORKER
+            env["OMP_NUM_THREADS"] = str(engine_threads(config))
             bundle = {"CPU": 0}
         configs.append(
             {
@@ -357,6 +358,15 @@ def free_port(host: str, port: int, patience_s: float = PORT_PATIENCE_S) -> int:
 def num_sequences(config: Serve) -> int:
     """Requests an engine on a CPU computes at a time; more wait. Beyond a few for each core all only get slower."""
     return min(2 * config.target_ongoing_requests, max(MIN_SEQUENCES, SEQUENCES_PER_CORE * cluster.cores()))
+
+
+def engine_threads(config: Serve) -> int:
+    """Threads of an engine on a CPU: a model has all cores, which its replicas share; `serve.cpus` if that is more.
+
+    Ray would give a replica with one CPU one thread. How many models there are changes nothing, so that the speed of
+    one does not depend on who else is served and waits.
+    """
+    return max(1, int(config.cpus), cluster.cores() // config.replicas)
 
 
 def engine_bytes(path: Path) -> float:
