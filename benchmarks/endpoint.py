@@ -30,7 +30,7 @@ from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
 from raylp.generate.vllm_engine import cpu_options
-from raylp.serve.endpoint import endpoint, engine_length, num_sequences, serve_dtype
+from raylp.serve.endpoint import endpoint, engine_length, engine_threads, num_sequences, serve_dtype
 
 START_S = 300
 
@@ -81,6 +81,7 @@ class bare_vllm:  # noqa: N801
         import torch
 
         gpus = torch.cuda.device_count()
+        self.threads = {} if gpus else {"OMP_NUM_THREADS": str(engine_threads(config))}
         dtype, length = serve_dtype(config, context.dtype, gpus), engine_length(config, path)
         options = {"model": path, "dtype": dtype, "max-model-len": length, "port": self.port, "host": "127.0.0.1"}
         if gpus:
@@ -94,7 +95,7 @@ class bare_vllm:  # noqa: N801
 
     def __enter__(self) -> str:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
-        env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+        env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", **self.threads}
         self.process = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, env=env, start_new_session=True)
         url = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + START_S

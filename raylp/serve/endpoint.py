@@ -361,12 +361,13 @@ def num_sequences(config: Serve) -> int:
 
 
 def engine_threads(config: Serve) -> int:
-    """Threads of an engine on a CPU: a model has all cores, which its replicas share; `serve.cpus` if that is more.
+    """Threads of an engine on a CPU: the cores, shared by a model's replicas, less one; `serve.cpus` if that is more.
 
-    Ray would give a replica with one CPU one thread. How many models there are changes nothing, so that the speed of
-    one does not depend on who else is served and waits.
+    Ray would give a replica with one CPU one thread. One core is for vLLM's scheduler, a process of its own that does
+    not sleep while there is work (vLLM reserves one too). How many models there are changes nothing, so that the speed
+    of one does not depend on who else is served and waits.
     """
-    return max(1, int(config.cpus), cluster.cores() // config.replicas)
+    return max(1, int(config.cpus), cluster.cores() // config.replicas - 1)
 
 
 def engine_bytes(path: Path) -> float:
