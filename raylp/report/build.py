@@ -21,6 +21,7 @@ from raylp.report.contents import (
     Translation,
     batch_size,
     concurrency,
+    engine,
     read_contents,
     read_stat,
 )
@@ -224,7 +225,7 @@ def tradeoffs(contents: Contents) -> list[str]:
     if metric is None:
         return []
     lightest = next((name for name in contents.settings if contents.timed(name)), None)
-    largest = {name.rpartition("-b")[0]: name for name in contents.settings if batch_size(name)}
+    largest = {engine(name): name for name in contents.settings if batch_size(name)}
     drawn = []
     for test_set in contents.test_sets:
         scored = [(model, stat) for model in contents.models if (stat := model.score(test_set, metric))]

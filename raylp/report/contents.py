@@ -545,6 +545,11 @@ def batch_size(setting: str) -> int | None:
     return int(size) if backend and size.isdigit() else None
 
 
+def engine(setting: str) -> str:
+    """Which engine was asked: `vllm` of `vllm-b16`, `endpoint` of `c8`."""
+    return setting.rpartition("-b")[0] if batch_size(setting) is not None else "endpoint"
+
+
 def _beyond(gone: tuple[int, ...], removed: Any) -> tuple[int, ...]:
     """What `removed` adds to `gone`, whether it was noted with or without what was gone before."""
     listed = tuple(removed or ())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, Stat, batch_size, read_stat
+from raylp.report.contents import Contents, Model, Stat, batch_size, engine, read_stat
 
 
 @dataclass(frozen=True)
@@ -222,15 +222,15 @@ def taken(contents: Contents) -> list[Taken]:
     for model in contents.models:
         noted = [_inside(contents.bench, key, model.name) for key in ("memory_bytes", "gpu_bytes", "ready_s")]
         energy = _inside(contents.bench, "energy", model.name)
-        for engine in dict.fromkeys(engine for own in noted for engine in own):
+        for asked in dict.fromkeys(name for own in noted for name in own):
             own = {
                 setting: stat.value
                 for setting, value in energy.items()
-                if (setting.rpartition("-b")[0] or "endpoint") == engine and (stat := read_stat(value)) is not None
+                if engine(setting) == asked and (stat := read_stat(value)) is not None
             }
             joules = "; ".join(f"{numbers.setting(s)}: {numbers.significant(value)}" for s, value in own.items())
-            memory, gpu, ready = (value if isinstance(value := of.get(engine), (int, float)) else None for of in noted)
-            found.append(Taken(model.name, engine, memory, gpu, ready, joules or numbers.NONE))
+            memory, gpu, ready = (value if isinstance(value := of.get(asked), (int, float)) else None for of in noted)
+            found.append(Taken(model.name, asked, memory, gpu, ready, joules or numbers.NONE))
     return found
 
 

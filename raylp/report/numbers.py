@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from raylp.report.contents import Stat, arrival_rate, batch_size, concurrency
+from raylp.report.contents import Stat, arrival_rate, batch_size, concurrency, engine
 
 MINUS = "−"
 NONE = "–"
@@ -146,7 +146,7 @@ def setting(name: str) -> str:
     if arrival_rate(name) is not None:
         return "1 request a second" if name == "r1" else f"{name[1:]} requests a second"
     if (size := batch_size(name)) is not None:
-        return f"{size} at once, {name.rpartition('-b')[0]}"
+        return f"{size} at once, {engine(name)}"
     at_once = concurrency(name)
     if at_once is None:
         return name
