@@ -8,8 +8,9 @@ set. The recipes are recipes/healing/*.yaml, with what a variant changes. Every 
 --out/PAIR: what is done is not done again, so it may be stopped at any time. `controls`: at the smallest depth, the
 layers of the tail, of the middle and three random draws, healed as `--like` was, and the searched layers' difference to
 each, with its interval. --given 2,13,9,16: an earlier search's layers, in its order, instead of a search. --only-new:
-nothing that the other variants have too, such as the pruned models, and no baseline healed alike. --results: a file for
-the table.
+nothing that the other variants have too, such as the pruned models, and no baseline healed alike. --wide: the pages of
+train that nothing is learned from are tested on too, for narrower intervals (another --out). --results: a file for the
+table.
 """
 
 import argparse
@@ -58,13 +59,14 @@ def main() -> None:
     parser.add_argument("--max-words", type=int, default=60)
     parser.add_argument("--given", metavar="LAYERS", help="layers that go, in order, instead of a search")
     parser.add_argument("--only-new", action="store_true")
+    parser.add_argument("--wide", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe")
     parser.add_argument("--results", type=Path, help="a file that the table so far is written to")
     given = parser.parse_args()
     variants = [name for name in given.variants.split(",") if name]
     given.first = given.like or variants[0]  # whose scores the others take over
     out = given.out.resolve() / given.pair
-    text = cut(given.data / given.pair, out / "text", given.max_words)
+    text = cut(given.data / given.pair, out / "text", given.max_words, given.train if given.wide else None)
     adapted = make(given, out, text, "adapt", "adapted")
     assert adapted.complete("models/adapted")
     runs: list[tuple[str, RunDir]] = []
@@ -87,25 +89,31 @@ def main() -> None:
     show(runs, differences, given.results)
 
 
-def cut(source: Path, target: Path, max_words: int) -> Path:
-    """The files of the splits in `target`, made once."""
-    target = target.with_name(f"{target.name}-{max_words}")
+def cut(source: Path, target: Path, max_words: int, train: int | None = None) -> Path:
+    """The files of the splits in `target`, made once. `train`: train has so many, the pages behind them go to test."""
+    target = target.with_name(f"{target.name}-{max_words}" + (f"-{train}" if train else ""))
     if not target.exists():
         lines = {split: (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines() for split in SPLITS}
-        pages = [
-            list(page) for _, page in itertools.groupby(lines["dev"], lambda line: json.loads(line)["id"].split(":")[0])
-        ]
-        ends = itertools.accumulate(len(page) for page in pages)
+        ends = itertools.accumulate(len(list(page)) for _, page in itertools.groupby(lines["dev"], page_of))
         end = next(end for end in ends if end >= len(lines["dev"]) * 2 / 3)
         lines |= {"search": lines["dev"][:end], "dev": lines["dev"][end:]}
+        for split in ("search", "train", "dev"):
+            lines[split] = [line for line in lines[split] if len(json.loads(line)["source"].split()) <= max_words]
+        if train:
+            learned = {page_of(line) for line in lines["train"][:train]}
+            lines["test"] += [line for line in lines["train"] if page_of(line) not in learned]
+            lines["train"] = lines["train"][:train]
         partial = target.with_name(f".{target.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         for split, kept in lines.items():
-            if split != "test":
-                kept = [line for line in kept if len(json.loads(line)["source"].split()) <= max_words]
             (partial / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.rename(target)
     return target
+
+
+def page_of(line: str) -> str:
+    """Of a pair's id, the page that it comes from."""
+    return json.loads(line)["id"].split(":")[0]
 
 
 def make(given: argparse.Namespace, out: Path, text: Path, recipe: str, name: str, *changes: str) -> RunDir:
