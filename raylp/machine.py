@@ -25,6 +25,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def computes_4_bit() -> bool:
+    """Whether this CPU has what vLLM's products of 4-bit weights need: of those on x86, AVX-512."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("architecture") != "x86_64" or found.get("avx512_f"))
+
+
 def versions(packages: Iterable[str] = ENGINES) -> dict[str, str]:
     """Version by package, of those that are installed."""
     found = {}

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 import yaml
 from conftest import toy_recipe
 
+from raylp import machine
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import Load
@@ -30,7 +32,7 @@ from raylp.names import choose_models, kind_of, whole_of
 from raylp.pipeline import check_names, run
 from raylp.progress import Reporter
 from raylp.quantize.config import Quantize
-from raylp.quantize.engines import engine_of, engine_options, identity, run_by
+from raylp.quantize.engines import check_cpu, engine_of, engine_options, identity, run_by
 from raylp.quantize.schemes import SCHEMES
 from raylp.quantize.stage import _check_groups
 from raylp.recipe import load_recipe, parse_recipe
@@ -311,6 +313,24 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     _check_groups(toy.tiny_random("llama"), 64, on_cpu=True)
 
 
+def test_a_cpu_without_avx512_is_not_asked_for_4_bit(
+    tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {**torch.cpu.get_capabilities(), "architecture": "x86_64", "avx512_f": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    recipe = recipe_for(toy_checkpoint, toy_data, tmp_path / "run", "nf4", "gptq")
+    said = r"quantize.schemes: gptq \(4-bit weights rounded by GPTQ\): on a CPU, .* only where there is AVX-512"
+    with pytest.raises(UserError, match=said):
+        run(parse_recipe(recipe), Reporter(quiet=True))
+    assert not (tmp_path / "run").exists()
+    copy_checkpoint(toy_checkpoint, tmp_path / "m-awq", link=True)
+    write_card(tmp_path / "m-awq", {"quantized": {"scheme": "awq"}})
+    with pytest.raises(UserError, match="m-awq: quantised as awq, which vLLM computes with on a CPU only where"):
+        make_generator("vllm", tmp_path / "m-awq", "float32", 64)
+    found["avx512_f"] = True
+    check_cpu(tmp_path / "m-awq")
+
+
 def test_variants_of_one_file_are_told_apart(tmp_path: Path, toy_checkpoint: Path) -> None:
     """What vLLM quantises itself has the weights of the whole model, but not its translations."""
     card = {"quantized": {"scheme": "mxfp8"}}
@@ -338,15 +358,17 @@ def test_every_scheme_has_a_look_and_keeps_its_place() -> None:
 def test_what_llm_compressor_makes_vllm_runs(
     ray_session: None, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
 ) -> None:
-    schemes = ("awq", "gptq", "w8a8")
+    schemes = ("awq", "gptq", "w8a8") if machine.computes_4_bit() else ("w8a8",)
     more = {"resources": {"workers": 1}}
     recipe = recipe_for(toy_checkpoint, toy_data, tmp_path / "run", *schemes, **more)
     bench = {"models": ["baseline", f"{PRUNED}-w8a8"], "concurrency": [], "batches": [4], "requests": 4, "repeats": 2}
     run(parse_recipe({**recipe, "bench": bench}), Reporter(quiet=True))
     check_results(tmp_path / "run", schemes)
-    card = read_card(tmp_path / "run/models" / f"{PRUNED}-gptq") or {}
-    assert card["quantized"]["group_size"] == 32 and card["quantized"]["sentences"] > 0
-    assert card["removed"] == GOOD
+    for scheme in {"gptq", "awq"} & set(schemes):
+        packed = read_card(tmp_path / "run/models" / f"{PRUNED}-{scheme}") or {}
+        assert packed["quantized"]["group_size"] == 32
+    card = read_card(tmp_path / "run/models" / f"{PRUNED}-w8a8") or {}
+    assert card["quantized"]["sentences"] > 0 and card["removed"] == GOOD
     measured = json.loads((tmp_path / "run/bench.json").read_text())
     assert measured["models"][f"{PRUNED}-w8a8"]["vllm-b4"]["output_tokens_per_s"]["value"] > 0
     assert sizes(tmp_path / "run/models" / f"{PRUNED}-w8a8")["params"] == card["quantized"]["params"]

@@ -16,7 +16,7 @@ from raylp.errors import UserError
 from raylp.generate.base import VLLM_LENGTH, Asked, Output, Request, stop_rule, to_output
 from raylp.models.load import kv_per_token, load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.view import check_removed
-from raylp.quantize.engines import engine_of, engine_options
+from raylp.quantize.engines import check_cpu, engine_of, engine_options
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -187,7 +187,12 @@ def _cause(error: Exception) -> str:
 
 
 def cpu_options(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
-    """What an engine on a CPU is told besides; memory is set aside for the logits of `max_num_seqs` too."""
+    """What an engine on a CPU is told besides; memory is set aside for the logits of `max_num_seqs` too.
+
+    Raises:
+        UserError: this CPU cannot compute what the checkpoint is quantised as.
+    """
+    check_cpu(path)
     return {
         "enforce_eager": True,  # compiling takes minutes on a small CPU, and gains little there
         "max_num_seqs": max_num_seqs,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from raylp import machine
 from raylp.errors import UserError
 from raylp.models.checkpoint import CARD, quantised_facts, read_card
 from raylp.models.source import fingerprint
@@ -48,6 +49,20 @@ def check_engine(path: Path, engine: str) -> None:
         raise UserError(
             f"model {path.name}: quantised as {quantised(path)}, which {own} runs and {engine} does not: choose "
             f"backend {own}"
+        )
+
+
+def check_cpu(path: Path) -> None:
+    """Refuses what this CPU cannot compute.
+
+    Raises:
+        UserError: the checkpoint's scheme needs AVX-512, and there is none.
+    """
+    scheme = quantised(path)
+    if scheme and SCHEMES[scheme].avx512 and not machine.computes_4_bit():
+        raise UserError(
+            f"model {path.name}: quantised as {scheme}, which vLLM computes with on a CPU only where there is AVX-512, "
+            f"and this one has none: take another scheme, or a GPU"
         )
 
 

@@ -15,7 +15,8 @@ class Scheme:
     """`bits` of a weight; `maker`: the library that makes the checkpoint, `engine`: the one that runs it. Where vLLM is
     the maker, the checkpoint's weights stay as they are, and each start of the engine quantises them.
 
-    `on_cpu`: whether there are kernels for a CPU; `calibrated`: whether text is needed to make it.
+    `on_cpu`: whether there are kernels for a CPU, `avx512`: on x86 only for one with AVX-512; `calibrated`: whether
+    text is needed to make it.
     """
 
     bits: int
@@ -24,13 +25,15 @@ class Scheme:
     engine: Literal["vllm", "transformers"]
     on_cpu: bool = True
     calibrated: bool = True
+    avx512: bool = False
 
 
-# vLLM 0.29 runs no checkpoints of bitsandbytes, and transformers has no kernels for llm-compressor's.
+# vLLM 0.29 runs no checkpoints of bitsandbytes, and transformers has no kernels for llm-compressor's. Its build for
+# x86 CPUs without AVX-512 lacks the products of 4-bit weights, and says so only at the first one.
 SCHEMES: dict[str, Scheme] = {
     "w8a8": Scheme(8, "8-bit weights rounded by GPTQ, 8-bit activations", "llm-compressor", "vllm"),
-    "gptq": Scheme(4, "4-bit weights rounded by GPTQ", "llm-compressor", "vllm"),
-    "awq": Scheme(4, "4-bit weights scaled by AWQ", "llm-compressor", "vllm"),
+    "gptq": Scheme(4, "4-bit weights rounded by GPTQ", "llm-compressor", "vllm", avx512=True),
+    "awq": Scheme(4, "4-bit weights scaled by AWQ", "llm-compressor", "vllm", avx512=True),
     "fp8": Scheme(8, "8-bit floating point weights and activations", "llm-compressor", "vllm", False, False),
     "int8": Scheme(8, "LLM.int8, 8-bit weights but for outliers", "bitsandbytes", "transformers", calibrated=False),
     "nf4": Scheme(4, "4-bit normal floats, quantised twice", "bitsandbytes", "transformers", calibrated=False),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raylp import cluster
+from raylp import cluster, machine
 from raylp.bench.ideal import work
 from raylp.beside import COMPRESSOR
 from raylp.context import Context
@@ -66,9 +66,15 @@ def check(context: Context) -> None:
     """
     section, recipe = _section(context), context.recipe
     far = recipe.resources.address or os.environ.get("RAY_ADDRESS")  # a cluster, whose GPUs are not seen from here
+    on_cpu = not far and not cluster.num_gpus()
     for name in section.schemes:
         scheme = SCHEMES[name]
-        if not scheme.on_cpu and not far and not cluster.num_gpus():
+        if on_cpu and scheme.avx512 and not machine.computes_4_bit():
+            raise UserError(
+                f"quantize.schemes: {name} ({scheme.what}): on a CPU, vLLM computes with 4-bit weights only where "
+                f"there is AVX-512, and this one has none: leave it out, or take w8a8 or nf4"
+            )
+        if on_cpu and not scheme.on_cpu:
             raise UserError(
                 f"quantize.schemes: {name} ({scheme.what}) runs on GPUs that compute in 8-bit floating point, such as "
                 f"the L4 and the H100, and there is no GPU here: leave it out"
@@ -84,7 +90,7 @@ def check(context: Context) -> None:
                 f"quantize.schemes: {name} computes in bfloat16 or float16: set {' and '.join(wrong)} to auto"
             )
     if {"gptq", "awq"} & set(section.schemes):
-        _check_groups(context.original, section.group_size, on_cpu=not far and not cluster.num_gpus())
+        _check_groups(context.original, section.group_size, on_cpu=on_cpu)
 
 
 def _check_groups(path: Path, group_size: int, on_cpu: bool) -> None:
