@@ -18,7 +18,7 @@ REFERENCES = [
 HYPOTHESES = ["Der Zug kommt spät heute.", "Wo sind meine Schlüssel?", "", "Es regnet seit Tagen drei"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.text("abc .", max_size=20), st.text("abc .", min_size=1, max_size=20)), min_size=1, max_size=6

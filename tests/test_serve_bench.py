@@ -84,7 +84,7 @@ latencies = st.lists(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=20), min
 
 
 @given(latencies)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_percentiles_lie_in_their_intervals(repeats: list[list[float]]) -> None:
     found = percentiles(repeats, "x")
     pooled = [value for values in repeats for value in values]

@@ -79,7 +79,7 @@ def run(table: Table, num_layers: int, remove: int, **options: object) -> Search
 
 
 @given(st.lists(st.integers(0, 50), min_size=4, max_size=10), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_exhaustive_takes_the_cheapest_first(costs: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(costs) - 2))
     table = Table(additive(costs))
