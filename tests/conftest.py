@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 from hypothesis import settings
 
+torch.set_num_threads(1)  # tiny products gain nothing by two, and beside other work they wait for each other
 settings.register_profile("raylp", deadline=None)  # nothing here asserts a time
 settings.load_profile("raylp")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # nor do those of Ray's workers, which may have more threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
