@@ -313,6 +313,7 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     _check_groups(toy.tiny_random("llama"), 64, on_cpu=True)
 
 
+@pytest.mark.skipif(num_gpus() > 0, reason="GPUs compute with 4 bits")
 def test_a_cpu_without_avx512_is_not_asked_for_4_bit(
     tmp_path: Path, toy_checkpoint: Path, toy_data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +327,7 @@ def test_a_cpu_without_avx512_is_not_asked_for_4_bit(
     copy_checkpoint(toy_checkpoint, tmp_path / "m-awq", link=True)
     write_card(tmp_path / "m-awq", {"quantized": {"scheme": "awq"}})
     with pytest.raises(UserError, match="m-awq: quantised as awq, which vLLM computes with on a CPU only where"):
-        make_generator("vllm", tmp_path / "m-awq", "float32", 64)
+        make_generator(tmp_path / "m-awq", "vllm", "bfloat16", newline=False)
     found["avx512_f"] = True
     check_cpu(tmp_path / "m-awq")
 
