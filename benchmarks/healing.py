@@ -43,7 +43,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "teacher": ("heal.data=teacher", "heal.epochs=2"),
     "repaired": ("heal=false", "distill=false", "repair={methods: [compensate, merge, concatenate]}"),
 }
-DEPTHS = (16, 14)  # of recipes/healing/heal.yaml
 HEALED_ONLY = ("heal.baseline=false", "evaluate={models: [healed]}")
 DRAWS = 3
 
@@ -142,7 +141,8 @@ def controls(num_layers: int, count: int) -> dict[str, list[int]]:
 def only_new(variant: str) -> list[str]:
     """Changes that leave out of a variant what the others have too."""
     kinds = list(REPAIRED.values()) if variant == "repaired" else ["healed"]
-    models = [f"{kind}-{depth}" for depth in DEPTHS for kind in kinds]
+    depths = yaml.safe_load((RECIPES / "heal.yaml").read_text())["search"]["layers"]
+    models = [f"{kind}-{depth}" for depth in depths for kind in kinds]
     changes = [f"evaluate={{models: {json.dumps(models)}}}"]
     return changes if variant == "repaired" else ["heal.baseline=false", *changes]
 

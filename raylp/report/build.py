@@ -22,6 +22,7 @@ from raylp.report.contents import (
     batch_size,
     concurrency,
     engine,
+    mapping,
     read_contents,
     read_stat,
 )
@@ -79,7 +80,7 @@ def render_page(contents: Contents) -> str:
         drawings=drawings(contents, facts),
         places=places(contents),
         kept=derive.main_kept(contents, facts.kept),
-        licence=str(_mapping(contents.manifest.get("model")).get("licence") or ""),
+        licence=str(mapping(contents.manifest.get("model")).get("licence") or ""),
         settings=contents.settings,
         translations=sentences(contents),
         stages=stages(contents),
@@ -94,7 +95,7 @@ def render_page(contents: Contents) -> str:
         rough=any(r.change is not None and not r.like_for_like for r in rounds),
         floored=any(r.floor is not None for r in rounds),
         search_facts=search_facts(contents.plan, metric, digits) if contents.plan else [],
-        resamples=_mapping(contents.recipe.get("evaluate")).get("resamples"),
+        resamples=mapping(contents.recipe.get("evaluate")).get("resamples"),
         speed_reference=facts.gains[0].reference if facts.gains else "",
         failed_requests=contents.bench.get("errors") or 0,
         failed_where=failed_where(contents),
@@ -106,11 +107,11 @@ def render_page(contents: Contents) -> str:
 
 def failed_where(contents: Contents) -> str:
     """`baseline at 8 requests at a time: 3`."""
-    failed = _mapping(contents.bench.get("failed"))
+    failed = mapping(contents.bench.get("failed"))
     found = [
         f"{model} at {numbers.setting(name)}: {numbers.anything(count)}"
         for model, own in failed.items()
-        for name, count in _mapping(own).items()
+        for name, count in mapping(own).items()
     ]
     return "; ".join(found)
 
@@ -150,7 +151,7 @@ def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
     spent = sum(seconds_by_stage(contents).values())
     if spent:
         busy = sum(float(stage.get("gpu_seconds") or 0) for stage in stage_entries(contents).values())
-        on_cpu = _mapping(contents.manifest.get("machine")).get("gpus") == []
+        on_cpu = mapping(contents.manifest.get("machine")).get("gpus") == []
         note = f"{numbers.duration(busy)} of GPU time" if busy else "all stages" + (", on the CPU" if on_cpu else "")
         found.append(_tile("Time taken", numbers.duration(spent), note))
     return found
@@ -286,9 +287,7 @@ def sentences(contents: Contents) -> dict[str, tuple[list[Translation], list[Tra
 
 def stage_entries(contents: Contents) -> dict[str, dict[str, Any]]:
     """What the manifest has on each stage, in the order in which stages run."""
-    found = {
-        name: entry for name, entry in _mapping(contents.manifest.get("stages")).items() if isinstance(entry, dict)
-    }
+    found = {name: entry for name, entry in mapping(contents.manifest.get("stages")).items() if isinstance(entry, dict)}
     known = [name for name in STAGE_NAMES if name in found]
     return {name: found[name] for name in [*known, *(name for name in found if name not in known)]}
 
@@ -306,7 +305,7 @@ def stages(contents: Contents) -> list[dict[str, Any]]:
             "gpu_seconds": entry.get("gpu_seconds"),
             "finished": _moment(str(entry.get("finished") or "")),
             "summary": [
-                (str(key), short) for key, value in _mapping(entry.get("summary")).items() if (short := _short(value))
+                (str(key), short) for key, value in mapping(entry.get("summary")).items() if (short := _short(value))
             ],
         }
         for name, entry in stage_entries(contents).items()
@@ -329,8 +328,8 @@ def _short(value: Any) -> str:
 def splits(contents: Contents) -> list[dict[str, Any]]:
     """A row for each split, or for each corpus and split: how many sentences, and the hash of their text."""
     rows = []
-    for name, entry in _mapping(contents.manifest.get("data")).items():
-        entry = _mapping(entry)
+    for name, entry in mapping(contents.manifest.get("data")).items():
+        entry = mapping(entry)
         for split, found in [(name, entry)] if "n" in entry else entry.items():
             if isinstance(found, dict) and "n" in found:
                 label = name if found is entry else f"{name} {split}"
@@ -353,20 +352,20 @@ def details(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
         decoding = {"search backend": contents.plan.backend, "search dtype": contents.plan.dtype}
     groups = {
         "Run": {"directory": contents.url, "created": manifest.get("created"), "raylp": manifest.get("raylp")},
-        "Model": {key: value for key, value in _mapping(manifest.get("model")).items() if key != "licence"},
-        "Machine": _mapping(manifest.get("machine")),
+        "Model": {key: value for key, value in mapping(manifest.get("model")).items() if key != "licence"},
+        "Machine": mapping(manifest.get("machine")),
         "Machine of the speed figures": {} if bench.get("machine") == manifest.get("machine") else bench.get("machine"),
         "Load": {key: bench.get(key) for key in ("requests", "output_tokens", "repeats", "starts", "errors")},
-        "Versions": _mapping(manifest.get("versions")),
-        "Seeds": _mapping(manifest.get("seeds")),
+        "Versions": mapping(manifest.get("versions")),
+        "Seeds": mapping(manifest.get("seeds")),
         "Metric signatures": signatures,
         "Search": {name: value for name, value in decoding.items() if value},
     }
     exact = {"Model": ("fingerprint",), "Seeds": None}
     return [
         (group, [(numbers.words(str(key)), _exactly(value, exact.get(group, ()), key)) for key, value in pairs.items()])
-        for group, mapping in groups.items()
-        if (pairs := {key: value for key, value in _mapping(mapping).items() if value not in (None, "", [], {})})
+        for group, entries in groups.items()
+        if (pairs := {key: value for key, value in mapping(entries).items() if value not in (None, "", [], {})})
     ]
 
 
@@ -376,7 +375,7 @@ def _exactly(value: Any, exact: tuple[str, ...] | None, key: str) -> str:
 
 
 def model_name(contents: Contents) -> str:
-    for value in (_mapping(contents.manifest.get("model")).get("name"), contents.recipe.get("model")):
+    for value in (mapping(contents.manifest.get("model")).get("name"), contents.recipe.get("model")):
         name = value.get("name") if isinstance(value, dict) else value
         if name:
             return str(name)
@@ -408,10 +407,6 @@ def descriptions(contents: Contents) -> list[tuple[str, str]]:
             scheme = SCHEMES[model.name.rpartition("-")[2]]
             found.append((model.name, f"{whole} with {scheme.what}; by {scheme.maker}, run by {scheme.engine}"))
     return found
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _resource(name: str) -> str:

@@ -343,7 +343,7 @@ class Contents:
     @property
     def objective(self) -> dict[str, float]:
         """What the search went by, as weights of metrics: the plan's word, else the recipe's, else chrF++."""
-        search = _mapping(self.recipe.get("search"))
+        search = mapping(self.recipe.get("search"))
         asked = read_objective(search.get("objective")) or read_objective(search.get("metric"))
         return (self.plan.objective if self.plan else {}) or asked or {"chrF2++": 1.0}
 
@@ -373,13 +373,13 @@ def read_contents(rundir: RunDir) -> Contents:
             f"{rundir.url} is not a run directory: none of {', '.join(known)} is there; give the run_dir of a recipe"
         )
     recipe_text = rundir.read_text("recipe.yaml") if "recipe.yaml" in present else ""
-    recipe = _mapping(yaml.safe_load(recipe_text)) if recipe_text else {}
+    recipe = mapping(yaml.safe_load(recipe_text)) if recipe_text else {}
     manifest, results, bench = (
-        _mapping(rundir.read_json(name)) if name in present else {}
+        mapping(rundir.read_json(name)) if name in present else {}
         for name in ("manifest.json", "results.json", "bench.json")
     )
     plan = read_plan(rundir) if "plan.json" in present else None
-    distill = _mapping(rundir.read_json("distill/summary.json")) if rundir.exists("distill/summary.json") else {}
+    distill = mapping(rundir.read_json("distill/summary.json")) if rundir.exists("distill/summary.json") else {}
     models = _models(rundir, results, bench, plan)
     return Contents(
         name=rundir.url.rsplit("/", 1)[-1],
@@ -399,10 +399,10 @@ def read_contents(rundir: RunDir) -> Contents:
 
 def read_plan(rundir: RunDir) -> Plan:
     """`plan.json`, with what was gone before each round worked out."""
-    content = _mapping(rundir.read_json("plan.json"))
+    content = mapping(rundir.read_json("plan.json"))
     if rundir.exists("search.json"):  # times stand apart: they are no part of what was decided
-        took = _mapping(rundir.read_json("search.json"))
-        content["spent"] = {**_mapping(content.get("spent") or {}), **_mapping(took.get("spent") or {})}
+        took = mapping(rundir.read_json("search.json"))
+        content["spent"] = {**mapping(content.get("spent") or {}), **mapping(took.get("spent") or {})}
         for entry, seconds in zip(content.get("rounds") or [], took.get("rounds") or [], strict=False):
             entry.update(seconds)
     baseline = read_stat(content.get("baseline"))
@@ -435,7 +435,7 @@ def read_plan(rundir: RunDir) -> Plan:
         depths=tuple((int(d["layers"]), tuple(d["removed"])) for d in content.get("depths") or []),
         noise=_finite(content.get("noise")),
         stopped=str(content.get("stopped") or ""),
-        spent=_read_cost(_mapping(content.get("spent"))),
+        spent=_read_cost(mapping(content.get("spent"))),
     )
 
 
@@ -444,7 +444,7 @@ def _read_round(entry: dict[str, Any], number: int, gone: tuple[int, ...], befor
     swap = entry.get("move") == "swap"
     # Candidates of a beam or a swap need not hold all that is gone: they are told as whole sets, like the others.
     whole = swap or any(set(gone) <= set(each) for each in listed)
-    floor = _mapping(entry.get("floor"))
+    floor = mapping(entry.get("floor"))
     noise = _finite(floor.get("noise"))
     return Round(
         number=number,
@@ -470,7 +470,7 @@ def _read_round(entry: dict[str, Any], number: int, gone: tuple[int, ...], befor
         looks=entry.get("looks"),
         criterion=str(entry.get("criterion") or ""),
         swap=swap,
-        start=_mapping(entry.get("start")).get("layers"),
+        start=mapping(entry.get("start")).get("layers"),
         floor=None
         if noise is None
         else Floor(noise, _finite(floor.get("best")), str(floor.get("decided_by") or "the objective all the same")),
@@ -502,7 +502,7 @@ def read_objective(value: Any) -> dict[str, float]:
         value = dict.fromkeys(map(str, value), 1.0)
     return {
         "chrF2++" if str(name).lower() in ("chrf++", "chrf2++") else str(name): weight
-        for name, raw in _mapping(value).items()
+        for name, raw in mapping(value).items()
         if (weight := _finite(raw)) is not None
     }
 
@@ -558,7 +558,7 @@ def _beyond(gone: tuple[int, ...], removed: Any) -> tuple[int, ...]:
 
 def _models(rundir: RunDir, results: dict[str, Any], bench: dict[str, Any], plan: Plan | None) -> list[Model]:
     """Models of the results, then those that were only measured for speed, then checkpoints nobody looked at yet."""
-    measured = _mapping(bench.get("models"))
+    measured = mapping(bench.get("models"))
     models = {
         entry["name"]: Model(
             name=entry["name"],
@@ -571,7 +571,7 @@ def _models(rundir: RunDir, results: dict[str, Any], bench: dict[str, Any], plan
         for entry in results.get("models") or []
     }
     cards = {
-        name: _mapping(rundir.read_json(f"models/{name}/raylp.json"))
+        name: mapping(rundir.read_json(f"models/{name}/raylp.json"))
         for name in rundir.names("models")
         if rundir.exists(f"models/{name}/raylp.json")
     }
@@ -586,16 +586,16 @@ def _models(rundir: RunDir, results: dict[str, Any], bench: dict[str, Any], plan
 
 def _scores(value: Any) -> dict[str, dict[str, Stat]]:
     found = {
-        test_set: {metric: stat for metric, raw in _mapping(scores).items() if (stat := read_stat(raw)) is not None}
-        for test_set, scores in _mapping(value).items()
+        test_set: {metric: stat for metric, raw in mapping(scores).items() if (stat := read_stat(raw)) is not None}
+        for test_set, scores in mapping(value).items()
     }
     return {test_set: scores for test_set, scores in found.items() if scores}
 
 
 def _speed(value: Any) -> dict[str, dict[str, dict[str, Stat]]]:
     speed: dict[str, dict[str, dict[str, Stat]]] = {}
-    for setting, measures in _mapping(value).items():
-        for measure, raw in _mapping(measures).items():
+    for setting, measures in mapping(value).items():
+        for measure, raw in mapping(measures).items():
             # A throughput is one S; a latency is a mapping of percentiles to S.
             raw = {"value": raw} if not isinstance(raw, dict) or "value" in raw else raw
             stats = {name: stat for name, item in raw.items() if (stat := read_stat(item)) is not None}
@@ -666,7 +666,8 @@ def _rows(rundir: RunDir, name: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """`value` where it is one, else nothing: what a file of another version holds is not known."""
     return value if isinstance(value, dict) else {}
 
 

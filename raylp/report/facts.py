@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, Stat, batch_size, engine, read_stat
+from raylp.report.contents import Contents, Model, Stat, batch_size, engine, mapping, read_stat
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ def taken(contents: Contents) -> list[Taken]:
     """As far as the benchmark could note it."""
     found = []
     for model in contents.models:
-        noted = [_inside(contents.bench, key, model.name) for key in ("memory_bytes", "gpu_bytes", "ready_s")]
-        energy = _inside(contents.bench, "energy", model.name)
+        noted = [mapping(_dig(contents.bench, key, model.name)) for key in ("memory_bytes", "gpu_bytes", "ready_s")]
+        energy = mapping(_dig(contents.bench, "energy", model.name))
         for asked in dict.fromkeys(name for own in noted for name in own):
             own = {
                 setting: stat.value
@@ -232,11 +232,6 @@ def taken(contents: Contents) -> list[Taken]:
             memory, gpu, ready = (value if isinstance(value := of.get(asked), (int, float)) else None for of in noted)
             found.append(Taken(model.name, asked, memory, gpu, ready, joules or numbers.NONE))
     return found
-
-
-def _inside(value: Any, *keys: str) -> dict[str, Any]:
-    found = _dig(value, *keys)
-    return found if isinstance(found, dict) else {}
 
 
 def _dig(value: Any, *keys: str) -> Any:
