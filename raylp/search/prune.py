@@ -87,13 +87,23 @@ def _make(
             return
     prompt = context.prompt
     with context.reporter.task(f"make {name}") as task, context.rundir.building(f"models/{name}") as target:
-        work = ray.remote(num_cpus=1, max_retries=0)(make).remote(source, target, card, prompt, sentences, *more)
+        work = ray.remote(num_cpus=1, max_retries=0)(_with_all_cores).remote(
+            make, source, target, card, prompt, sentences, *more
+        )
         while not ray.wait([work], timeout=2)[0]:
             task.beat()
         try:
             ray.get(work)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UserError) else error) from error
+
+
+def _with_all_cores(make: Callable[..., None], *given: Any) -> None:
+    """Calls `make`, of which one runs at a time: Ray alone would give its torch one thread."""
+    import torch
+
+    torch.set_num_threads(cluster.cores())
+    make(*given)
 
 
 def cut_and_prove(
