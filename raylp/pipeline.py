@@ -14,7 +14,7 @@ import yaml
 from raylp import __version__, cluster
 from raylp.context import Context, Splits
 from raylp.data.corpus import Pair, read_pairs, read_sources
-from raylp.data.languages import split_pair
+from raylp.data.languages import pair_of, split_pair
 from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
 from raylp.errors import UserError
@@ -461,7 +461,7 @@ def _check_needs(recipe: Recipe, stage: Stage, manifest: dict[str, Any], prints:
 
 
 def _pair_of(recipe: Recipe, name: str) -> str:
-    pair = recipe.data[name].pair or name.rpartition(":")[2]
+    pair = pair_of(name, recipe.data[name].pair)
     split_pair(pair)
     return pair
 

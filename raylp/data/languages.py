@@ -34,6 +34,11 @@ def split_pair(pair: str) -> tuple[str, str]:
     return source, target
 
 
+def pair_of(corpus: str, pair: str | None) -> str:
+    """The language pair of a corpus of a recipe: what it says under `pair`, else its name, behind a colon if any."""
+    return pair or corpus.rpartition(":")[2]
+
+
 def language_name(code: str) -> str:
     """The English name; a code that is not in the table stands for itself."""
     return NAMES.get(code, code)

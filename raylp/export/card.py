@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from raylp.data.languages import language_name, split_pair
+from raylp.data.languages import language_name, pair_of, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import quantised_facts, read_card
 from raylp.models.source import licence
@@ -102,9 +102,7 @@ def facts_of(rundir: RunDir, name: str) -> ModelFacts:
     contents = read_contents(rundir)
     card = read_card(rundir.local(f"models/{name}")) or {}
     data = contents.recipe.get("data") or {}
-    pairs = dict.fromkeys(
-        str((corpus or {}).get("pair") or source.rpartition(":")[2]) for source, corpus in data.items()
-    )
+    pairs = dict.fromkeys(pair_of(name, (corpus or {}).get("pair")) for name, corpus in data.items())
     return ModelFacts(name, line_of(str(card.get("base_model") or "")), card, contents, tuple(pairs))
 
 

@@ -22,6 +22,7 @@ import yaml
 
 from raylp import cluster
 from raylp.context import Context
+from raylp.data.languages import pair_of
 from raylp.errors import UserError
 from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options, kv_cache_bytes
 from raylp.models.checkpoint import count_parameters, sizes
@@ -243,7 +244,7 @@ def serve_args(
 def run_pairs(context: Context) -> list[str]:
     """The language pairs of the recipe's data, each once."""
     data = context.recipe.data.items()
-    return list(dict.fromkeys(corpus.pair or name.rpartition(":")[2] for name, corpus in data))
+    return list(dict.fromkeys(pair_of(name, corpus.pair) for name, corpus in data))
 
 
 def api_keys(config: Serve) -> list[str]:
