@@ -22,6 +22,7 @@ from raylp.repair.compensate import compensate, gap
 from raylp.repair.concatenate import concatenate
 from raylp.repair.layer import gains, set_gains
 from raylp.repair.merge import merge, runs
+from raylp.repair.stage import mend
 from raylp.search.forced import ForcedScorer
 
 REMOVED = (3, 1)
@@ -193,6 +194,19 @@ def test_a_dead_layer_takes_in_a_living_one(tmp_path):
 def test_what_cannot_be_taken_apart_is_refused(family):
     with pytest.raises(UserError, match="take another method"):
         concatenate(scorer_for(family), (2,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["compensate", "merge", "concatenate"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_gpu_mends_alike(family, method):
+    """What is found and made on a GPU is what the CPU finds and makes, but for the order of sums."""
+    made = []
+    for device in ("cpu", "cuda"):
+        scorer = ForcedScorer(load_model(toy.tiny_random(family), "float32", device), examples(), batch_size=4)
+        mend(scorer, REMOVED, method)
+        made.append(logits(scorer.model.to("cpu"), REMOVED))
+    assert torch.allclose(*made, atol=1e-3)
 
 
 def test_the_stage_makes_stock_checkpoints(toy_checkpoint, toy_data, tmp_path, ray_session):

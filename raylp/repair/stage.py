@@ -5,12 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from raylp import cluster
 from raylp.context import Context
 from raylp.data.corpus import Pair
 from raylp.data.prompt import Prompt, beside_examples
 from raylp.data.tokens import examples_of
 from raylp.errors import UserError
-from raylp.models.checkpoint import read_card
+from raylp.generate.pool import plan_workers
+from raylp.models.checkpoint import count_parameters, read_card
 from raylp.models.load import load_model, load_tokenizer, stored_dtype
 from raylp.names import REPAIRED
 from raylp.repair.config import Repair
@@ -26,18 +28,27 @@ def repair(context: Context) -> dict[str, Any]:
     section = context.recipe.repair
     if section is None:
         raise UserError("the recipe has no repair section: add 'repair: {methods: [compensate]}'")
+    cluster.start(context.recipe.resources)
+    gpus = _gpus(context)
     pairs = beside_examples(context.splits.train, context.prompt.examples, section.sentences)
     made = []
     for method in section.methods:
         facts: dict[str, Any] = {"method": method, "sentences": len(pairs)}
         if method == "merge":
             facts["merge_above"] = section.merge_above
-        for model in make_models(context, REPAIRED[method], mend_and_prove, {"repair": facts}, section, pairs):
+        more = (section, pairs, "cuda" if gpus else "cpu")
+        for model in make_models(context, REPAIRED[method], mend_and_prove, {"repair": facts}, *more, gpus=gpus):
             card = read_card(context.rundir.local(f"models/{model['model']}")) or {}
             made.append({**model, "found": card.get("found")})
             if method == "merge" and card.get("found"):
                 context.reporter.line(f"{model['model']}: {tell_merges(card['found'])}")
     return {"models": made}
+
+
+def _gpus(context: Context) -> float:
+    """Of a GPU that the model fits on, the share it takes; 0 where the states are measured on the CPU."""
+    gpus = plan_workers(context.recipe.resources, count_parameters(context.baseline)[1]).gpus
+    return gpus if gpus <= 1 else 0.0
 
 
 def tell_merges(tried: Sequence[dict[str, Any]]) -> str:
@@ -61,17 +72,19 @@ def mend_and_prove(
     sentences: Sequence[tuple[str, str]],
     section: Repair,
     pairs: Sequence[Pair],
+    device: str = "cpu",
 ) -> None:
     """Mends `source` by `card["repair"]["method"]` with states on `pairs`, then as `raylp.search.prune.cut_and_prove`.
 
-    What the method found is added to the card.
+    What the method found is added to the card. `device`: where it is mended; it is proved on the CPU.
     """
     from raylp.search.forced import ForcedScorer
 
-    model, tokenizer = load_model(source, stored_dtype(source)), load_tokenizer(source)
+    model, tokenizer = load_model(source, stored_dtype(source), device), load_tokenizer(source)
     scorer = ForcedScorer(model, examples_of(pairs, prompt, tokenizer))
     found = mend(scorer, card["removed"], card["repair"]["method"], section.merge_above)
-    save_and_prove(model, source, target, {**card, "found": found}, prompt, sentences)
+    del scorer
+    save_and_prove(model.to("cpu"), source, target, {**card, "found": found}, prompt, sentences)
 
 
 def mend(scorer: Any, removed: Sequence[int], method: str, merge_above: float | None = None) -> Any:

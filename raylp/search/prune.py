@@ -35,12 +35,17 @@ def prune_leg(context: Context, stop: int, before: int) -> None:
 
 
 def make_models(
-    context: Context, kind: str, make: Callable[..., None], further: dict[str, Any] | None = None, *more: Any
+    context: Context,
+    kind: str,
+    make: Callable[..., None],
+    further: dict[str, Any] | None = None,
+    *more: Any,
+    gpus: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Writes models/<kind>-N, unless it is there, for every N layers that the plan says may stay.
 
     `make(source, target, card, prompt, sentences, *more)` is called in a process of its own; it must write the card, to
-    which it may add. `further`: what else belongs into it.
+    which it may add. `further`: what else belongs into it; `gpus`: that the process may use.
     """
     plan = context.rundir.read_json("plan.json")
     # Those of later legs come from healed models.
@@ -57,7 +62,7 @@ def make_models(
     for depth in depths:
         card = card_for(context.recipe.model.name, print_of, plan["stack"], depth["removed"], prompt)
         name = f"{kind}-{depth['layers']}"
-        _make(context, name, make, context.baseline, {**card, **(further or {})}, sentences, more)
+        _make(context, name, make, context.baseline, {**card, **(further or {})}, sentences, more, gpus)
         parameters, size = count_parameters(context.rundir.local(f"models/{name}"))
         made.append({"model": name, "parameters": parameters, "bytes": size})
     return made
@@ -78,6 +83,7 @@ def _make(
     card: dict[str, Any],
     sentences: Sequence[tuple[str, str]],
     more: Sequence[Any],
+    gpus: float = 0.0,
 ) -> None:
     import ray
 
@@ -87,7 +93,7 @@ def _make(
             return
     prompt = context.prompt
     with context.reporter.task(f"make {name}") as task, context.rundir.building(f"models/{name}") as target:
-        work = ray.remote(num_cpus=1, max_retries=0)(_with_all_cores).remote(
+        work = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_with_all_cores).remote(
             make, source, target, card, prompt, sentences, *more
         )
         while not ray.wait([work], timeout=2)[0]:
