@@ -243,9 +243,9 @@ def test_the_best_ended_by_itself() -> None:
     assert by_likelihood(rows, [-1.0, None, -0.5]) == [-1.0, float("-inf"), -0.5]
 
 
-def make_context(run_dir: Path, data: dict[str, Path], **section: object) -> Context:
+def make_context(run_dir: Path, data: dict[str, Path], cache: str | None = None, **section: object) -> Context:
     model = toy.toy_model()
-    recipe = parse_recipe(toy_recipe(model, data, run_dir, distill=section))
+    recipe = parse_recipe(toy_recipe(model, data, run_dir, distill=section, cache=cache))
     pairs = {split: read_pairs(file, "xx-yy") for split, file in data.items()}
     splits = Splits(pairs["search"], pairs["train"], pairs["dev"], {"xx-yy": pairs["test"]})
     prompt = Prompt(template=toy.TOY_TEMPLATE)
@@ -254,10 +254,18 @@ def make_context(run_dir: Path, data: dict[str, Path], **section: object) -> Con
 
 @pytest.mark.slow
 def test_the_teacher_translates_every_row_once(tmp_path: Path, toy_data: dict[str, Path], ray_session: None) -> None:
-    """Rows that are too long for the engine are in the table too, with the engine's own words as the reason."""
-    context = make_context(tmp_path / "run", toy_data, batch_size=8, limit=40, dtype="float32")
+    """Rows that are too long for the engine are in the table too, with the engine's own words as the reason.
+
+    Other runs that share its cache, or name it as theirs, take the table over.
+    """
     too_long = Pair("long", " ".join(["nefi"] * 300), "sivi", "xx-yy")
-    context.splits.train.insert(3, too_long)
+
+    def asks(name: str, cache: str) -> Context:
+        made = make_context(tmp_path / name, toy_data, str(tmp_path / cache), batch_size=8, limit=40, dtype="float32")
+        made.splits.train.insert(3, too_long)
+        return made
+
+    context = asks("run", "cache")
     summary = distill(context)
     assert context.rundir.complete("distill")
     rows = pyarrow.parquet.read_table(tmp_path / "run" / "distill" / "teacher.parquet").to_pylist()
@@ -272,6 +280,12 @@ def test_the_teacher_translates_every_row_once(tmp_path: Path, toy_data: dict[st
     tokenizer = toy.toy_tokenizer()
     assert all(row["tokens"] == len(tokenizer(f" {row['translation']}\n").input_ids) for row in fine)
     assert not context.rundir.names(".work/distill"), "nothing is left of the work"
+    for name, cache in (("second", "cache"), ("third", "run")):
+        other = asks(name, cache)
+        assert distill(other) == summary and other.rundir.complete("distill")
+        assert not other.rundir.exists(".work"), "nobody translated"
+        made, taken = (tmp_path / run / "distill" / "teacher.parquet" for run in ("run", name))
+        assert taken.read_bytes() == made.read_bytes()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,8 +36,10 @@ from raylp.metrics.registry import full_name, is_comet
 from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import heartbeat
+from raylp.rundir import RunDir
 
 WORK = ".work/distill"
+SHARED = "distilled"  # in a cache: finished tables, by what they depend on
 CHUNK = 512  # rows that are chosen, judged and written at a time
 
 
@@ -60,7 +63,7 @@ def distill(context: Context) -> dict[str, Any]:
     Columns: id, pair, source, reference, translation, finish (`stop`, `length`, `loop`, `error`), tokens (generated),
     kept, reason (null where kept); with several samples also sample and score, the best one's; with `top_k` also
     token_ids, top_ids and top_logprobs (k for each token, in a row). One row for each source, in their order; no id is
-    there twice.
+    there twice. A table that a run with the same `cache` has made of the same text is taken over.
 
     Raises:
         UserError: the recipe or the cluster is not fit for it, or the engine failed; what is translated is kept.
@@ -82,6 +85,11 @@ def distill(context: Context) -> dict[str, Any]:
         there = context.rundir.read_json("distill/summary.json")
         if there.get("of") == judged:
             return there
+    cache = RunDir(context.recipe.cache) if context.recipe.cache else None
+    if cache is not None and (place := _made_before(cache, judged)):
+        _copy(cache, place, context.rundir, "distill")
+        context.reporter.line(f"distill: taken over from {cache.uri(place)}")
+        return context.rundir.read_json("distill/summary.json")
     parts = Parts(context.rundir, f"{WORK}/{asked}", len(pairs), config.samples)
     before = int(parts.done.sum())
     if before < len(parts.done):
@@ -105,10 +113,28 @@ def distill(context: Context) -> dict[str, Any]:
         }
         (target / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     parts.clear()
+    if cache is not None and cache.uri("") != context.rundir.uri(""):
+        _copy(context.rundir, "distill", cache, f"{SHARED}/{judged}")
     if not summary["kept"]:
         most = max(summary["rejected"], key=lambda reason: summary["rejected"][reason])
         context.reporter.line(f"distill: every row was rejected, most as {most!r}: see distill/teacher.parquet")
     return summary
+
+
+def _made_before(cache: RunDir, judged: str) -> str | None:
+    """Where in a cache the table is: its own, or one that another run left there."""
+    for place in ("distill", f"{SHARED}/{judged}"):
+        if cache.complete(place) and cache.read_json(f"{place}/summary.json").get("of") == judged:
+            return place
+    return None
+
+
+def _copy(source: RunDir, name: str, target: RunDir, place: str) -> None:
+    """The directory `name` of one run, whole, as `place` of another."""
+    with target.building(place) as scratch:
+        for file in source.local(name).iterdir():
+            if file.name != "manifest.json":
+                shutil.copyfile(file, scratch / file.name)
 
 
 def _teacher(context: Context, config: Distill) -> Teacher:
