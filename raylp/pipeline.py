@@ -347,6 +347,8 @@ def outputs_there(context: Context, stage: str) -> bool:
         models[stage] = [f"{name}-{scheme}" for name in chosen for scheme in section.schemes]
     if stage in models:
         return all(rundir.complete(f"models/{name}") for name in models[stage])
+    if stage == "bench":  # requests that failed are to be measured again
+        return rundir.exists(files[stage]) and not rundir.read_json(files[stage]).get("errors")
     return rundir.complete("distill") if stage == "distill" else rundir.exists(files[stage])
 
 

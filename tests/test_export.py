@@ -250,6 +250,19 @@ def test_the_card_names_a_middle_model_by_itself(tmp_path: Path) -> None:
     assert "counted from 0 in owner/base" in text and "Trained on the pair before layers were removed." in text
 
 
+def test_the_card_tells_no_training_that_was_not(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    cut = tmp_path / "somewhere" / "pruned-17"
+    cut.mkdir(parents=True)
+    (cut / CARD).write_text(json.dumps({"base_model": "owner/base", "removed": [4]}))
+    assert "before layers were removed" not in told(rundir, "healed-15", base_model=str(cut))[0]
+    content = yaml.safe_load(rundir.read_text("recipe.yaml"))
+    del content["distill"]
+    content["heal"] = {"epochs": 20, "patience": 3}
+    rundir.write_text("recipe.yaml", yaml.safe_dump(content))
+    assert "Trained on parallel text (lora, at most 20 epochs)." in told(rundir, "healed-15")[0]
+
+
 def test_front_matter_is_yaml_whatever_the_run_is_about(tmp_path: Path) -> None:
     rundir = write_run(tmp_path / "run", test_set="en-no")
     content = yaml.safe_load(rundir.read_text("recipe.yaml"))
@@ -294,6 +307,7 @@ def test_pairs_have_the_tasks_spellings() -> None:
     assert found["ces-deu"] == found["cs-de"] == found["cs-deu"] == "cs-de"
     assert found["eng-zho_Hans"] == found["en-zh"] == "en-zh"
     assert found["eng-ara_EG"] == found["en-ar"] == found["en-ar_EG"] == "en-arz"
+    assert spellings(("eng-zho",))["eng-zho_Hans"] == "eng-zho"
     assert spellings(("eng-ara_EG",))["en-arz"] == "eng-ara_EG"
     with pytest.raises(UserError, match="en-ar and en-arz of the run may both be written"):
         spellings(("en-ar", "en-arz"))

@@ -43,6 +43,7 @@ from raylp.bench.stage import (
     measure_missing,
     plan_bench,
     ratios,
+    resources,
     schedule,
     summary,
 )
@@ -150,8 +151,33 @@ def test_a_latency_that_is_less_is_faster() -> None:
     }
 
 
-def counter(zone: Path, joules: float) -> None:
+def test_what_comes_at_a_rate_is_compared_by_its_times() -> None:
+    """Both give the tokens that were asked for a second; the quicker one's requests last half as long."""
+    config = Bench(models=["a", "b"], concurrency=[1], rates=[2], batches=[4], repeats=2)
+    slow, fast = (Measurement([Timing(1, 5, ms, 8)] * 4, [], 2) for ms in (20.0, 10.0))
+    found = {}
+    for load in config.loads:
+        for r in range(2):
+            found[Cell("a", load, r)], found[Cell("b", load, r)] = slow, fast
+    by = {name: (row["metric"], row["verdict"]) for name, row in ratios(["a", "b"], config, found)["b"].items()}
+    assert by["r2"] == ("e2e_ms", "faster")
+    assert by["c1"][0] == by["vllm-b4"][0] == "output_tokens_per_s"
+
+
+def test_answers_in_one_piece_have_no_time_between_tokens() -> None:
+    config = Bench(models=["a", "b"], concurrency=[1], repeats=2, metric="itl_ms", output_tokens=None)
+    at_once, failed = Measurement([Timing(1, 0, 2, 1)], [], 1), Measurement([], ["status 500"], 1)
+    found = {Cell(name, config.loads[0], r): (at_once, failed)[r] for name in "ab" for r in range(2)}
+    table = summary(["a", "b"], config, found)["a"]["c1"]
+    assert "itl_ms" not in table and table["ttft_ms"]["p50"]["n"] == 1
+    assert ratios(["a", "b"], config, found) == {}
+    rows = {cell: {"joules": 3.0, "measurement": measurement.as_dict()} for cell, measurement in found.items()}
+    assert "energy" not in resources(["a", "b"], config, rows)
+
+
+def counter(zone: Path, joules: float, name: str = "package-0") -> None:
     zone.mkdir(exist_ok=True)
+    (zone / "name").write_text(f"{name}\n")
     (zone / "energy_uj").write_text(str(int(joules * 1e6)))
     (zone / "max_energy_range_uj").write_text(str(int(1000 * 1e6)))
 
@@ -161,7 +187,9 @@ def test_energy_is_counted_where_it_is_and_absent_where_not(tmp_path: Path) -> N
     assert (absent.joules(), absent.source) == (None, None)
     for name, joules in (("intel-rapl:0", 10), ("intel-rapl:1", 990), ("intel-rapl:0:0", 5)):
         counter(tmp_path / name, joules)
+    counter(tmp_path / "intel-rapl:2", 7, "psys")
     meter = EnergyMeter(tmp_path, lambda: None)
+    counter(tmp_path / "intel-rapl:2", 9, "psys")  # the whole platform, packages and all
     counter(tmp_path / "intel-rapl:0", 12.5)
     counter(tmp_path / "intel-rapl:1", 3)  # began anew at 1000
     counter(tmp_path / "intel-rapl:0:0", 6)  # a part of package 0

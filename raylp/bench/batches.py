@@ -96,12 +96,13 @@ def measure_batch(
     requests: Sequence[Request],
     exactly: bool,
     on_part: Callable[[int], None],
+    on_gpus: bool = False,
 ) -> dict[str, Any]:
     """One measurement: all `requests`, as many at once as the load says; `on_part` is told how many were answered."""
     import ray
 
     row: dict[str, Any] = {"time": time.time(), "load": os.getloadavg()[0]}
-    meter, seconds, tokens, size = EnergyMeter.of(cluster.num_nodes()), 0.0, 0, int(load.value)
+    meter, seconds, tokens, size = EnergyMeter.of(cluster.num_nodes(), on_gpus), 0.0, 0, int(load.value)
     for first in range(0, len(requests), size):
         part = list(requests[first : first + size])
         took, made = ray.get(worker.answer.remote(part, exactly))

@@ -1,6 +1,7 @@
 """What serving takes besides time: energy, where the machine counts it, and the memory of an engine's processes."""
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,22 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Joules since it was made, of all GPUs (NVML) or, without any, of the processor packages (RAPL).
+    """Joules since it was made, of all GPUs in sight (NVML) or, without any, of the processor packages (RAPL).
 
     None where neither can be read: energy that is not counted is not zero. `root`: of the powercap files.
     """
 
     def __init__(self, root: Path = POWERCAP, gpus: Callable[[], list[float] | None] | None = None) -> None:
         self._gpus = gpus or gpu_joules
-        self._zones = sorted(zone for zone in root.glob("intel-rapl:*") if zone.name.count(":") == 1)
+        self._zones = sorted(zone for zone in root.glob("intel-rapl:*") if _is_package(zone))
         self._start = self._read()
 
     @classmethod
-    def of(cls, num_nodes: int) -> "EnergyMeter":
-        """A meter for engines on so many machines: none counts those of several."""
-        return cls() if num_nodes == 1 else cls(Path("none"), lambda: None)
+    def of(cls, num_nodes: int, on_gpus: bool) -> "EnergyMeter":
+        """A meter for engines on so many machines, on GPUs or not: none counts those of several machines."""
+        if num_nodes > 1:
+            return cls(Path("none"), lambda: None)
+        return cls(Path("none")) if on_gpus else cls(gpus=lambda: None)
 
     @property
     def source(self) -> str | None:
@@ -54,15 +57,32 @@ class EnergyMeter:
         return ("rapl", counts, limits) if counts else None
 
 
-def gpu_joules() -> list[float] | None:
-    """Joules each GPU has used since its driver was loaded; None without NVML, or where a GPU does not count."""
+def _is_package(zone: Path) -> bool:
+    """Whether a zone is a processor: parts of one have zones of their own, and the whole platform may (psys)."""
+    try:
+        return zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package")
+    except OSError:
+        return False
+
+
+def gpu_joules(visible: str | None = None) -> list[float] | None:
+    """Joules each GPU has used since its driver was loaded; None without NVML, or where a GPU does not count.
+
+    `visible`: numbers or UUIDs of the GPUs that count (default: $CUDA_VISIBLE_DEVICES, which NVML does not heed; all).
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
     try:
         pynvml: Any = importlib.import_module("pynvml")
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        names = [str(i) for i in range(pynvml.nvmlDeviceGetCount())] if chosen is None else chosen.split(",")
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+            for name in (name.strip() for name in names)
+            if name
+        ]
         return [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for handle in handles] or None
     except pynvml.NVMLError:
         return None

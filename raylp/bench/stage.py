@@ -123,10 +123,8 @@ def bench(context: Context) -> dict[str, Any]:
     assert not others, "places differ by what the data type depends on"
     measured = {cell: Measurement.from_dict(row["measurement"]) for cell, row in found.items()}
     table = summary(list(models), config, measured)
-    each = [
-        measurement.tokens / (measurement.requests_per_s * measurement.seconds) for measurement in measured.values()
-    ]
-    length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(each) / len(each) / 2
+    each = [m.tokens / (m.requests_per_s * m.seconds) for m in measured.values() if m.requests_per_s]
+    length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(each) / max(1, len(each)) / 2
     at_work = {load.name: int(load.value) for load in config.loads if load.kind != "open"}
     result = {
         "schema": 1,
@@ -206,7 +204,8 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
     config, missing = plan.config, [cell for cell in plan.missing(context.rundir) if cell.load.kind != "batch"]
     models = sorted({cell.model for cell in missing})
     key = next(iter(api_keys(context.recipe.serve)), None)
-    dtype = serve_dtype(context.recipe.serve, context.dtype, ray.cluster_resources().get("GPU", 0))
+    gpus = ray.cluster_resources().get("GPU", 0) if context.recipe.serve.gpus != 0 else 0
+    dtype = serve_dtype(context.recipe.serve, context.dtype, gpus)
     start = secrets.token_hex(4)
     total = sum(config.num_requests(cell.load) for cell in missing) + len(models) * config.warmup
     most = Load("closed", max(config.concurrency, default=1))
@@ -220,7 +219,7 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
             hand = plan.prompts[: config.num_requests(cell.load)]
             tell = partial(task.advance, 1, f"{cell.model}, {_told(cell.load)}")
             # Of one repeat, every model meets the same moments.
-            meter = EnergyMeter.of(cluster.num_nodes())
+            meter = EnergyMeter.of(cluster.num_nodes(), gpus > 0)
             found = measure(served.url, cell.model, hand, cell.load, plan.answering, tell, SEED + cell.repeat, key)
             about = {"start": start, "time": time.time(), "load": load, "dtype": dtype}
             about |= {"joules": meter.joules(), "energy_source": meter.source}
@@ -268,7 +267,7 @@ def measure_batches(context: Context, plan: Plan) -> None:
                 for cell in own:
                     tell = partial(task.advance, note=f"{cell.model}, {_told(cell.load)}")
                     hand = plan.prompts[: config.num_requests(cell.load)]
-                    row = measure_batch(workers[cell.model], cell.load, hand, plan.exactly, tell)
+                    row = measure_batch(workers[cell.model], cell.load, hand, plan.exactly, tell, gpus > 0)
                     about = {"start": start, "dtype": dtype, "ready_s": ready_s[cell.model]}
                     context.rundir.write_json(plan.file(cell), {**row, **about})
 
@@ -300,7 +299,8 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, Measureme
             repeats = [found[Cell(model, load, r)] for r in range(config.repeats)]
             signature = _signature(config, load)
             timed = LATENCIES if load.kind != "batch" else ()
-            setting: dict[str, Any] = {key: percentiles(_each(repeats, key), signature) for key in timed}
+            values = {key: [own for own in _each(repeats, key) if own] for key in timed}
+            setting: dict[str, Any] = {key: percentiles(own, signature) for key, own in values.items() if own}
             for key in RATES:
                 setting[key] = mean_of_repeats([getattr(r, key) for r in repeats], signature)
             if config.goodput and timed:
@@ -320,16 +320,28 @@ def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measuremen
     table: dict[str, Any] = {}
     for model in others:
         for load in _measured(config, found, first, model):
-            # A batch's sentences are not timed one by one.
-            metric = "output_tokens_per_s" if load.kind == "batch" and config.metric in LATENCIES else config.metric
+            metric = compared_by(config.metric, load)
             was, now = (
                 [_figure(found[Cell(name, load, r)], metric) for r in range(config.repeats)] for name in (first, model)
             )
             above, below = (was, now) if metric in LATENCIES else (now, was)
+            if min(*above, *below) <= 0:  # answers that came in one piece have no time between their tokens
+                continue
             made = ratio(above, below, f"{_signature(config, load)}|{metric}")
             said = {"more": "faster", "less": "slower", "unclear": "unclear"}[verdict(made)]
-            table.setdefault(model, {})[load.name] = {**made, "over": first, "verdict": said}
+            table.setdefault(model, {})[load.name] = {**made, "over": first, "verdict": said, "metric": metric}
     return table
+
+
+def compared_by(metric: str, load: Load) -> str:
+    """What models are compared by under a load: `metric`, where it tells them apart.
+
+    A batch's sentences are not timed one by one; what comes at a rate goes at that rate, whoever answers, so the time
+    of a whole request is compared instead.
+    """
+    if load.kind == "batch":
+        return "output_tokens_per_s" if metric in LATENCIES else metric
+    return "e2e_ms" if load.kind == "open" and metric in RATES else metric
 
 
 def failures(found: Mapping[Cell, Measurement]) -> dict[str, dict[str, int]]:
@@ -359,8 +371,9 @@ def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str
                     noted[engine] = max(row[key], noted.get(engine, row[key]))
         for load in _measured(config, rows, model):
             repeats = [rows[Cell(model, load, r)] for r in range(config.repeats)]
-            if all(row.get("joules") is not None for row in repeats):
-                each = [1000 * row["joules"] / Measurement.from_dict(row["measurement"]).tokens for row in repeats]
+            tokens = [Measurement.from_dict(row["measurement"]).tokens for row in repeats]
+            if all(tokens) and all(row.get("joules") is not None for row in repeats):
+                each = [1000 * row["joules"] / made for row, made in zip(repeats, tokens, strict=True)]
                 signature = f"{_signature(config, load)}|{repeats[0]['energy_source']}"
                 found["energy"].setdefault(model, {})[load.name] = mean_of_repeats(each, signature)
     return {key: value for key, value in found.items() if value}
@@ -373,7 +386,8 @@ def _measured(config: Bench, found: Mapping[Cell, Any], *models: str) -> list[Lo
 
 def _figure(measurement: Measurement, metric: str) -> float:
     if metric in LATENCIES:
-        return float(np.median(np.concatenate([np.atleast_1d(getattr(t, metric)) for t in measurement.timings])))
+        (each,) = _each([measurement], metric)
+        return float(np.median(each)) if each else 0.0
     return float(getattr(measurement, metric))
 
 

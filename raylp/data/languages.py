@@ -16,7 +16,7 @@ NAMES = {
     "pt_BR": "Brazilian Portuguese",
     "ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sl": "Slovenian", "sq": "Albanian", "sr": "Serbian",
     "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
-    "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese", "zh_Hans": "Simplified Chinese",
+    "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese", "zho": "Chinese", "zh_Hans": "Simplified Chinese",
     "zho_Hans": "Simplified Chinese",
     "zh_Hant": "Traditional Chinese", "zho_Hant": "Traditional Chinese",
 }  # fmt: skip

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from raylp.data.languages import language_name, pair_of, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import quantised_facts, read_card
+from raylp.models.load import max_positions, read_generation_config
 from raylp.models.source import licence
 from raylp.names import kind_of, whole_of
 from raylp.quantize.schemes import SCHEMES, Scheme
@@ -32,6 +33,8 @@ REPAIRS = {
     "merge": "Mended without training: the removed layers' differences added to a neighbour (LaCo).",
     "concatenate": "Mended without training: the removed layers' most important channels put into a neighbour (CoMe).",
 }
+ROOM = 4096
+TRAINED = ("healed", "baseline-healed", "adapted")
 # The models beside which the exported one is shown.
 BESIDE = ("original", "baseline", "baseline-healed")
 
@@ -48,10 +51,11 @@ class Ancestor:
 class ModelFacts:
     """Of one model of a run. `line`: what it was cut from, and that from, to the first model, which is no raylp's.
 
-    `card`: its raylp.json; `pairs`: language pairs it was made for.
+    `path`: of the checkpoint; `card`: its raylp.json; `pairs`: language pairs it was made for.
     """
 
     name: str
+    path: Path
     line: tuple[Ancestor, ...]
     card: dict[str, Any]
     contents: Contents
@@ -83,7 +87,19 @@ class ModelFacts:
     @property
     def adapted(self) -> bool:
         """Whether what was cut had been trained before."""
-        return self.contents.adapted_first or len(self.line) > 1
+        return self.contents.adapted_first or any(_kind(Path(model.name).name) in TRAINED for model in self.line)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt and its answer that the example with vLLM sets memory aside for."""
+        known = max_positions(self.path) if (self.path / "config.json").exists() else None
+        return min(ROOM, known or ROOM)
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether the checkpoint asks for a repetition penalty, which it was not measured with."""
+        there = (self.path / "generation_config.json").exists()
+        return there and getattr(read_generation_config(self.path), "repetition_penalty", None) not in (None, 1.0)
 
     @property
     def licence(self) -> str:
@@ -100,10 +116,11 @@ def facts_of(rundir: RunDir, name: str) -> ModelFacts:
         UserError: the run or the model's card cannot be read.
     """
     contents = read_contents(rundir)
-    card = read_card(rundir.local(f"models/{name}")) or {}
+    path = rundir.local(f"models/{name}")
+    card = read_card(path) or {}
     data = contents.recipe.get("data") or {}
     pairs = dict.fromkeys(pair_of(name, (corpus or {}).get("pair")) for name, corpus in data.items())
-    return ModelFacts(name, line_of(str(card.get("base_model") or "")), card, contents, tuple(pairs))
+    return ModelFacts(name, path, line_of(str(card.get("base_model") or "")), card, contents, tuple(pairs))
 
 
 def line_of(name: str) -> tuple[Ancestor, ...]:
@@ -142,19 +159,25 @@ def training_sentences(facts: ModelFacts) -> list[str]:
     repaired = (facts.card.get("repair") or {}).get("method")
     said = [REPAIRS[repaired]] if repaired in REPAIRS else []
     heal = facts.contents.recipe.get("heal") or {}
-    kind = kind_of(whole_of(facts.name))
-    if not heal or kind not in ("healed", "baseline-healed", "adapted"):
+    kind = _kind(facts.name)
+    if not heal or kind not in TRAINED:
         return said
-    distill = facts.contents.recipe.get("distill") or {}
+    distill = facts.contents.recipe.get("distill")
+    data = heal.get("data", "both") if kind != "adapted" and distill is not None else "authentic"
+    distill = distill or {}
     teacher = "the unpruned model" if distill.get("teacher", "base") == "base" else shareable(distill["teacher"])
-    data = "authentic" if kind == "adapted" else heal.get("data", "both")
     words = {"authentic": "parallel text", "teacher": f"translations of {teacher}"}
     on = words.get(data) or f"{words['authentic']} and {words['teacher']}"
     epochs = heal.get("epochs", 1)
-    how = f"{heal.get('method', 'lora')}, {epochs} {'epoch' if epochs == 1 else 'epochs'}"
+    most = "at most " if heal.get("patience") else ""
+    how = f"{heal.get('method', 'lora')}, {most}{epochs} {'epoch' if epochs == 1 else 'epochs'}"
     if heal.get("every") is not None and kind != "adapted":
         return [*said, f"Trained on {on} after every {heal['every']} layers ({how} each time)."]
     return [*said, f"Trained on {on} ({how})."]
+
+
+def _kind(name: str) -> str:
+    return kind_of(whole_of(name))
 
 
 def scheme_of(facts: ModelFacts) -> Scheme | None:

@@ -18,6 +18,7 @@ import raylp
 from raylp.data.languages import split_pair
 from raylp.errors import UserError
 from raylp.export.card import ModelFacts, scheme_of, shareable
+from raylp.generate.translate import VLLM_ROOM
 from raylp.rundir import RunDir
 
 # What `raylp translate` imports. vllm is installed where there is a GPU.
@@ -30,6 +31,7 @@ CODES = {
     "ces": "cs",
     "deu": "de",
     "eng": "en",
+    "zho": "zh",
     "zho_Hans": "zh",
     "zh_Hans": "zh",
     "zh_CN": "zh",
@@ -54,6 +56,7 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         "raylp": raylp.__version__,
         "torch": _version("torch"),
         "vllm": _vllm(),
+        "vllm_room": f"{VLLM_ROOM:,}",
         "base": shareable(facts.line[0].name) if _is_path(facts.line[0].name) else None,
         "teacher": shareable(teacher) if _is_path(teacher) else None,
     }

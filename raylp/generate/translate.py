@@ -13,10 +13,12 @@ from pydantic import ValidationError
 from raylp.data.languages import split_pair
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.generate.base import VLLM_LENGTH, Generator, Output, Request
+from raylp.generate.base import Generator, Output, Request
 from raylp.models.checkpoint import CARD, read_card
 from raylp.models.load import load_model, load_tokenizer, max_positions, stored_dtype
 from raylp.quantize.engines import check_engine, engine_of
+
+VLLM_ROOM = 8192  # tokens of a line with its prompt and translation: vLLM sets memory aside for the longest
 
 
 def translate(
@@ -32,7 +34,8 @@ def translate(
     """Writes the translation of each of `lines` to `out`: one line for each, in order, a blank one for a blank one.
 
     The prompt is the one beside the weights (`raylp.json`), or the default for a stock checkpoint. Lines are taken and
-    answered `batch_size` at a time. A line too long for the model is cut, with a warning on stderr.
+    answered `batch_size` at a time. A line too long for the model (in vLLM, for `VLLM_ROOM` tokens) is cut, with a
+    warning on stderr.
 
     Raises:
         UserError: no checkpoint is at `model_path`, or `pair` is not a language pair.
@@ -47,7 +50,7 @@ def translate(
     tokenizer = load_tokenizer(model_path)
     room = max_positions(model_path) or 2**31
     if backend == "vllm":
-        room = min(room, VLLM_LENGTH)
+        room = min(room, VLLM_ROOM)
     generator: Generator | None = None
     for first, batch in _batches(lines, batch_size):
         fitted = [

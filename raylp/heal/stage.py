@@ -179,7 +179,8 @@ def heal_model(
         with context.reporter.task(name, len(steps)) as task:
             batches = [[train[i] for i in step] for step in steps]
             history = _fit(context, name, run_name, job, batches, dev, gpus, task, trained)
-        card = read_card(source) or card_for(
+        # What an earlier run's card says of its model is not what this run says.
+        card = (read_card(source) if source != context.original else None) or card_for(
             context.recipe.model.name, fingerprint(context.original), "", removed, context.prompt.model_dump()
         )
         with context.rundir.building(f"models/{name}") as target, context.reporter.task(f"merging {name}") as task:

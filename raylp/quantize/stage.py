@@ -145,7 +145,8 @@ def _make(context: Context, section: Quantize, name: str, source: Path, scheme: 
         "layer_params": list(costs.parameters),
         "expert_params": work(source).experts,
     }
-    card = read_card(source) or card_for(
+    # What an earlier run's card says of its model is not what this run says.
+    card = (read_card(source) if source != context.original else None) or card_for(
         context.recipe.model.name, fingerprint(context.original), "", [], context.prompt.model_dump(mode="json")
     )
     card = {**card, "quantized": told}

@@ -153,10 +153,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def paired_ratio(contents: Contents, model: str, reference: str, setting: str, measure: str) -> Stat | None:
     """How many times as fast, from repeats measured side by side, where the benchmark compared these two by this."""
-    if contents.bench.get("metric") != measure:
-        return None
-    found = _dig(contents.bench, "ratios", model, setting)
-    return read_stat(found) if isinstance(found, dict) and found.get("over") == reference else None
+    found = mapping(_dig(contents.bench, "ratios", model, setting))
+    by = found.get("metric", contents.bench.get("metric"))
+    return read_stat(found) if by == measure and found.get("over") == reference else None
 
 
 def _ratio(above: Stat, below: Stat) -> Stat:

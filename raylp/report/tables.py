@@ -108,7 +108,9 @@ def ratio_table(contents: Contents) -> Table:
                 ratio = f"{numbers.times(stat.value)} ({numbers.times(stat.low)} to {numbers.times(stat.high)})"
                 said = found["verdict"] if found["verdict"] != "unclear" else "unclear, for the noise"
                 over = f"{escape(model)} over {escape(found['over'])}"
-                table.add_row(over, escape(numbers.setting(setting)), ratio, said)
+                by = METRICS.get(str(found.get("metric")), metric)
+                load = numbers.setting(setting) + (f", by {by}" if by != metric else "")
+                table.add_row(over, escape(load), ratio, said)
     return table
 
 

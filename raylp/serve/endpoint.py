@@ -178,6 +178,8 @@ def serve_args(
             env[MARK] = _logging_config(logs[name])
         engine: dict[str, Any] = {"dtype": dtype, "max_model_len": engine_length(config, path), **engine_options(path)}
         engine["tensor_parallel_size"] = config.tensor_parallel
+        # No penalties or sampling but those that are asked for: what is served is what was scored.
+        engine["generation_config"] = "vllm"
         if gpus:
             engine |= {"gpu_memory_utilization": 0.9 * min(gpus, 1), "max_num_seqs": 2 * config.target_ongoing_requests}
             bundle = {"CPU": 0, "GPU": gpus}

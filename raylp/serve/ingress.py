@@ -109,9 +109,9 @@ class RunIngress(OpenAiIngress):
         more = max(0, len(asked) - 1)
         load = TRAFFIC.at_work + more
         model = self._model(body.model, load)
-        with TRAFFIC.more(more, self.run["max_waiting"]):
+        with TRAFFIC.more(more, self.run["max_waiting"]), self._timing(model, load) if asked else nullcontext():
             fitted = await asyncio.to_thread(self._fit, [lines[place] for place in asked], pair)
-            made = await all_or_none([self._answer(model, one.request, load) for one in fitted])
+            made = await all_or_none([self._answer(model, one.request) for one in fitted])
         texts = [""] * len(lines)
         for place, text in zip(asked, made, strict=True):
             texts[place] = text
@@ -230,7 +230,7 @@ class RunIngress(OpenAiIngress):
     def _timing(self, model: str, load: int) -> AbstractContextManager[None]:
         return nullcontext() if self.chooser is None else self.chooser.timing(model, load)
 
-    async def _answer(self, model: str, wanted: Wanted, load: int) -> str:
+    async def _answer(self, model: str, wanted: Wanted) -> str:
         body = CompletionRequest(
             model=model,
             prompt=list(wanted.tokens),
@@ -240,12 +240,11 @@ class RunIngress(OpenAiIngress):
             ignore_eos=True,  # the end tokens are among the stops
             return_token_ids=True,
         )
-        with self._timing(model, load):
-            async for found in self._get_response(body=body, call_method="completions"):
-                if isinstance(found, ErrorResponse) or not hasattr(found, "choices"):
-                    raise OpenAIHTTPException(found.error.code, found.error.message, found.error.type)
-                tokens, finish = self.rule.cut(found.choices[0].token_ids)
-                return to_output(self.tokenizer, tokens, finish, self.prompt.newline).text
+        async for found in self._get_response(body=body, call_method="completions"):
+            if isinstance(found, ErrorResponse) or not hasattr(found, "choices"):
+                raise OpenAIHTTPException(found.error.code, found.error.message, found.error.type)
+            tokens, finish = self.rule.cut(found.choices[0].token_ids)
+            return to_output(self.tokenizer, tokens, finish, self.prompt.newline).text
         raise HTTPException(502, f"model {model} gave no answer")
 
 
