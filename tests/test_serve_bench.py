@@ -60,6 +60,7 @@ from raylp.generate.translate import translate
 from raylp.models.checkpoint import card_for, save_checkpoint
 from raylp.models.load import load_model
 from raylp.names import choose_models
+from raylp.pipeline import outputs_there
 from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.rundir import RunDir
@@ -643,6 +644,9 @@ def test_what_failed_is_measured_again(context: Context, tmp_path: Path) -> None
     assert plan.missing(fresh.rundir) == plan.cells[1:]
     found = {first: Measurement.from_dict(good), second: Measurement([], ["HTTP 429"] * 3, 1.0)}
     assert failures(found) == {second.model: {second.load.name: 3}}
+    for errors, done in ((3, False), (0, True)):
+        fresh.rundir.write_json("bench.json", {"errors": errors})
+        assert outputs_there(fresh, "bench") is done, "the stage is not done while there are failures"
 
 
 def test_models_that_do_not_fit_together_are_refused() -> None:
