@@ -109,6 +109,8 @@ def read_by(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
         return (*learned, "dev") if recipe.heal.looks_at_dev else learned
     if stage.name == "quantize" and recipe.quantize is not None:
         return stage.splits if recipe.quantize.calibrated else ()
+    if stage.name == "adapt" and recipe.heal is not None and recipe.heal.looks_at_dev:
+        return (*stage.splits, "dev")
     heals = stage.name == "search" and recipe.search is not None and recipe.search.heals
     return (*stage.splits, "train") if heals else stage.splits
 
@@ -117,7 +119,7 @@ def depends_on(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """The splits that a stage's result depends on, among them those it can do without: what a teacher says is rejected
     where it is near any held-out sentence, and of several epochs the best on dev is kept.
     """
-    further = {"distill": ("train", "search", "dev", "test"), "heal": ("dev",)}
+    further = {"distill": ("train", "search", "dev", "test"), "adapt": ("dev",), "heal": ("dev",)}
     return tuple(dict.fromkeys((*read_by(stage, recipe), *further.get(stage.name, ()))))
 
 
@@ -444,6 +446,12 @@ def needed_disk(context: Context) -> int:
     if context.recipe.heal is not None:
         when, baseline = context.recipe.heal.when, context.recipe.heal.baseline
         copies += (num_depths(context) + baseline if when != "before" else 0) + (when != "after")
+        if baseline:  # after every leg it is healed too
+            legs = [
+                f"legs/{stop}/models/baseline-healed"
+                for stop in stops_of(context.recipe, stack_size(context.original))[:-1]
+            ]
+            copies += sum(not context.rundir.complete(leg) for leg in legs)
         checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
     names = [name for name in context.rundir.names("models") if context.rundir.complete(f"models/{name}")]
     left = max(0, copies - sum(whole_of(name) == name for name in names))

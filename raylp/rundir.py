@@ -9,12 +9,14 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from raylp.models.source import cache_dir
 
 LEASE_S = 60.0
 RENEW_S = 10.0
+LEFT_BEHIND_S = 86400.0
 
 
 class RunDir:
@@ -100,11 +103,13 @@ class RunDir:
     @contextmanager
     def building(self, name: str) -> Iterator[Path]:
         """A local directory to fill; after the block it appears whole as `name`, with a manifest."""
-        parent = Path(self.full(name)).parent if self.is_local else cache_dir() / "building"
+        parent = Path(self.full(name)).parent if self.is_local else cache_dir() / "building" / _digest(self.url)
         parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(f".building-{name.rsplit('/', 1)[-1]}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".building-{name.rsplit('/', 1)[-1]}-", dir=parent))
+        stem = f".building-{name.rsplit('/', 1)[-1]}"
+        for scratch in parent.glob(f"{stem}@*@*@*"):
+            if _left_behind(scratch):
+                shutil.rmtree(scratch, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{stem}@{socket.gethostname()}@{os.getpid()}@", dir=parent))
         try:
             yield scratch
             scratch.chmod(0o755)
@@ -162,6 +167,7 @@ class RunDir:
             if self.is_local:
                 Path(self.root).mkdir(parents=True, exist_ok=True)
                 Path(self.full(probe)).write_text("x")
+                Path(self.full(probe)).unlink()
                 free = shutil.disk_usage(self.root).free
                 if free < needed_bytes:
                     raise UserError(
@@ -170,7 +176,7 @@ class RunDir:
                     )
             else:
                 self.fs.pipe_file(self.full(probe), b"x")
-            self.fs.rm(self.full(probe))
+                self.fs.rm(self.full(probe))
         except OSError as error:
             raise UserError(f"run_dir {self.url} cannot be written: {error.strerror or error}") from error
 
@@ -237,6 +243,11 @@ class _Lease:
                 path.rename(aside)
             except FileNotFoundError:
                 return
+            if json.loads(aside.read_text())["token"] != stale["token"]:  # somebody was quicker: it is theirs
+                with suppress(FileExistsError):
+                    os.link(aside, path)
+                aside.unlink()
+                return
             aside.unlink()
         partial = path.with_name(f".lock-new-{self.owner['token']}")
         partial.write_text(self._content())
@@ -269,7 +280,17 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self.stopped.wait(RENEW_S):
-            self._write()
+            try:
+                held = self._read()
+                if held is None or held["token"] == self.owner["token"]:
+                    self._write()
+                    continue
+            except (OSError, UserError):
+                continue  # a full disk or a lost connection may come back before the lease ends
+            message = f"run directory {self.rundir.url} was taken over by process {held['pid']} on {held['host']}"
+            print(f"{message} while this one was held up: stopping", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def directory_manifest(path: Path) -> dict[str, Any]:
@@ -280,6 +301,14 @@ def directory_manifest(path: Path) -> dict[str, Any]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         files[str(file.relative_to(path))] = {"bytes": file.stat().st_size, "sha256": digest}
     return {"schema": 1, "files": files}
+
+
+def _left_behind(scratch: Path) -> bool:
+    """Whether the process that was filling this directory is gone; of another machine's, only its age tells."""
+    _, host, pid, _ = scratch.name.rsplit("@", 3)
+    if host == socket.gethostname():
+        return not psutil.pid_exists(int(pid))
+    return time.time() - scratch.stat().st_mtime > LEFT_BEHIND_S
 
 
 def _digest(text: str) -> str:

@@ -103,6 +103,19 @@ def test_prompt_and_target_meet_where_the_tokenizer_would_cut(toy_checkpoint: Pa
     assert prompt.prompt_tokens(tokenizer, "tize", "xx-yy") + prompt.target_tokens(tokenizer, "remi") == whole
 
 
+def test_an_answer_ends_as_the_chat_template_ends_it(toy_checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(toy_checkpoint)
+    words = tokenizer("remi", add_special_tokens=False).input_ids
+    turn = "{% for m in messages %}[{{ m.role }}]{{ m.content }}END{% endfor %}"
+    tokenizer.chat_template = turn.replace("END", "\n")
+    assert Prompt(chat=True).target_tokens(tokenizer, "remi") == [*words, tokenizer.eos_token_id]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = turn.replace("END", "<end_of_turn>\n")
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end != tokenizer.eos_token_id
+    assert Prompt(chat=True).target_tokens(tokenizer, "remi") == [*words, end]
+
+
 def test_prompt_errors(toy_checkpoint: Path) -> None:
     with pytest.raises(UserError, match="is not a field"):
         Prompt(template="{sauce}").ask("x", "en-de")

@@ -201,6 +201,9 @@ def test_source_text_alone_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"id": "x", "source": "a"}\n{"id": "x", "source": "b"}\n')
     with pytest.raises(UserError, match="'x' stands twice"):
         read_sources(tmp_path / "b.jsonl", "en-de")
+    (tmp_path / "c.jsonl").write_text('{"source": "One dog.\\nTwo dogs."}\n')
+    with pytest.raises(UserError, match="line 1: a line break inside the source"):
+        read_sources(tmp_path / "c.jsonl", "en-de")
 
 
 # --- parts ---

@@ -36,7 +36,7 @@ from raylp.metrics.ngram import metric
 from raylp.models.checkpoint import card_for, count_parameters, read_card, save_checkpoint
 from raylp.models.load import load_model, stored_dtype
 from raylp.models.stack import find_stack, text_config
-from raylp.pipeline import read_splits
+from raylp.pipeline import STAGES, depends_on, read_splits
 from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.rundir import RunDir
@@ -433,6 +433,11 @@ def test_dev_is_asked_for_before_the_start(toy_data: dict[str, Path], tmp_path: 
     recipe = parse_recipe(toy_recipe(toy.toy_model(), without, tmp_path, search={"remove": 1}, heal=heal))
     with pytest.raises(UserError, match="heal needs a dev split"):
         read_splits(recipe)
+    first = recipe.model_copy(update={"heal": Heal.model_validate({**heal, "when": "before"})})
+    with pytest.raises(UserError, match="adapt needs a dev split"):
+        read_splits(first)
+    adapt = next(stage for stage in STAGES if stage.name == "adapt")
+    assert depends_on(adapt, recipe) == ("train", "dev"), "another dev text may choose other weights"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from raylp.data.corpus import read_pairs
 from raylp.errors import UserError
 from raylp.models.checkpoint import read_card, stack_size
 from raylp.models.load import load_model
-from raylp.pipeline import run
+from raylp.pipeline import needed_disk, open_context, run
 from raylp.progress import Reporter
 from raylp.recipe import Recipe, parse_recipe
 from raylp.report.contents import read_plan
@@ -117,9 +117,10 @@ def test_what_does_not_go_with_it_is_refused(sections: dict[str, Any], problem: 
 def in_turn(
     ray_session: None, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, Path]:
-    """8 to 6 layers, healed; to 5, healed again."""
+    """Adapted, then 8 to 6 layers, healed; to 5, healed again; each time the adapted model teaches too."""
     run_dir = tmp_path_factory.mktemp("in-turn") / "run"
-    sections = {"search": {"layers": LAYERS}, "heal": HEAL, "evaluate": {}}
+    heal = {**HEAL, "when": "both", "loss": {"distillation": 0.5}}
+    sections = {"search": {"layers": LAYERS}, "heal": heal, "evaluate": {}}
     content = toy_recipe(toy_checkpoint, toy_data, run_dir, **sections)
     content["data"]["xx-yy"]["limit"] = {"train": 48, "test": 16}
     recipe = parse_recipe(content)
@@ -165,7 +166,7 @@ def test_every_model_is_of_the_one_before(in_turn: tuple[Recipe, Path], toy_chec
 
 
 def test_the_baseline_is_healed_as_often(in_turn: tuple[Recipe, Path]) -> None:
-    _, run_dir = in_turn
+    recipe, run_dir = in_turn
     steps = {
         name: json.loads((run_dir / f"heal/{name}.json").read_text())["steps"]
         for name in ("healed-6", "healed-5", "baseline-healed")
@@ -175,6 +176,11 @@ def test_the_baseline_is_healed_as_often(in_turn: tuple[Recipe, Path]) -> None:
     first = load_model(run_dir / "legs/6/models/baseline-healed").model.layers[0].mlp.up_proj.weight
     second = load_model(run_dir / "models/baseline-healed").model.layers[0].mlp.up_proj.weight
     assert (first != second).any(), "healed twice, each time from what the last healing left"
+    context = open_context(recipe, Reporter(quiet=True))
+    whole = needed_disk(context)
+    (run_dir / "legs/6/models/baseline-healed/manifest.json").rename(run_dir / "aside")
+    assert needed_disk(context) > whole
+    (run_dir / "aside").rename(run_dir / "legs/6/models/baseline-healed/manifest.json")
 
 
 def test_the_report_says_where_it_was_healed(in_turn: tuple[Recipe, Path]) -> None:
@@ -219,6 +225,7 @@ def test_translations_are_there_for_all(in_turn: tuple[Recipe, Path]) -> None:
     results = json.loads((run_dir / "results.json").read_text())
     assert [model["name"] for model in results["models"]] == [
         "baseline",
+        "original",
         "pruned-5",
         "pruned-6",
         "healed-5",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,37 @@ def test_another_driver_is_refused_until_it_dies(tmp_path: Path) -> None:
     assert not (tmp_path / "lock.json").exists()
 
 
+def test_a_driver_that_was_held_up_leaves_a_run_that_went_to_another(tmp_path: Path) -> None:
+    """Its lease had ended when another machine took it: it stops, and leaves that one's lease alone."""
+    code = f"import raylp.rundir; raylp.rundir.RENEW_S = 0.1\n{HOLD}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    theirs = {"host": "elsewhere", "pid": 7, "started": 0, "token": "t", "expires": time.time() + 30}
+    RunDir(str(tmp_path)).write_json("lock.json", theirs)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM and "taken over by process 7 on elsewhere" in said
+    assert json.loads((tmp_path / "lock.json").read_text()) == theirs
+
+
+def test_work_in_progress_is_left_alone_and_that_of_the_dead_is_cleared(tmp_path: Path) -> None:
+    """Two runs may share a cache: what one of them is filling is not the other's to remove."""
+    rundir = RunDir(str(tmp_path))
+    code = (
+        "import os, sys; from raylp.rundir import RunDir\n"
+        "with RunDir(sys.argv[1]).building('models/x') as path: (path / 'weights').write_text('1'); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert len(left := rundir.names("models")) == 1 and left[0].startswith(".building-x")
+    with rundir.building("models/x") as first:
+        assert rundir.names("models") == [first.name]
+        with RunDir(str(tmp_path)).building("models/x") as second:
+            (second / "weights").write_text("2")
+        (first / "weights").write_text("3")
+    assert rundir.names("models") == ["x"] and (rundir.local("models/x") / "weights").read_text() == "3"
+
+
 def test_a_lease_from_another_machine_runs_out(tmp_path: Path) -> None:
     lease = {"host": "elsewhere", "pid": 1, "started": 0, "token": "t", "expires": time.time() + 30}
     (tmp_path / "lock.json").write_text(json.dumps(lease))
@@ -78,6 +110,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         RunDir(str(tmp_path / "file" / "run")).check_writable()
     with pytest.raises(UserError, match=r"GB are needed, .* GB are free"):
         RunDir(str(tmp_path)).check_writable(10**16)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:

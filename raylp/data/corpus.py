@@ -70,6 +70,8 @@ def read_sources(path: str | Path, pair: str) -> list[Pair]:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"data file {file}, line {number}: no text under 'source' ({error})") from error
         if text:
+            if "\n" in text or "\r" in text:
+                raise UserError(_broken(file, number, "source"))
             found.append(Pair(name, text, "", pair))
     return _unique(found, str(file))
 
@@ -94,10 +96,12 @@ def _checked(path: Path, number: int, example: Pair) -> Pair:
         if not text.strip():
             raise UserError(f"data file {path}, line {number}: no {side}; remove the line or fill it")
         if "\n" in text or "\r" in text:
-            raise UserError(
-                f"data file {path}, line {number}: a line break inside the {side}; one sentence is one line"
-            )
+            raise UserError(_broken(path, number, side))
     return example
+
+
+def _broken(path: Path, number: int, side: str) -> str:
+    return f"data file {path}, line {number}: a line break inside the {side}; one sentence is one line"
 
 
 def _jsonl(path: Path, pair: str) -> Iterator[Pair]:

@@ -78,7 +78,7 @@ class Prompt(BaseModel):
     def target_tokens(self, tokenizer: Any, target: str) -> list[int]:
         """Token ids the model should say after the prompt, the end included."""
         if self.chat:
-            return [*tokenizer(target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            return [*tokenizer(target, add_special_tokens=False).input_ids, _end_of_turn(tokenizer)]
         return list(tokenizer(" " + target + "\n", add_special_tokens=False).input_ids)
 
     def requests(
@@ -108,6 +108,19 @@ class Prompt(BaseModel):
     def newline(self) -> bool:
         """Whether a newline ends a translation."""
         return not self.chat
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    """The token that the tokenizer's chat template puts behind an answer: where it is no special one, the end of text.
+
+    Of many models the two are not the same: Gemma's turns end with <end_of_turn>, its texts with <eos>.
+    """
+    said = "raylp"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids
+    added = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in added and added[ids[0]].special else tokenizer.eos_token_id
 
 
 def choose_examples(train: Sequence[Pair], count: int) -> dict[str, list[tuple[str, str]]]:

@@ -17,6 +17,7 @@ from raylp.heal.trainable import make_trainable, save_trained
 from raylp.rundir import RunDir
 
 WAIT_S = 0.1
+BEHIND = 2  # looks that may be without a score when the next is taken: one in work, one that waits
 STATE = "state.safetensors"
 BEST = "best"
 
@@ -75,7 +76,7 @@ class Scorer:
 
         while self.waiting.qsize() > 0 and self.problem is None:  # the training waits: one in work, one behind it
             time.sleep(WAIT_S)
-        self._check()
+        self.check()
         if step in self.scores or self.rundir.complete(f"{self.place}/{step}"):
             return
         with self.rundir.building(f"{self.place}/{step}") as target:
@@ -88,7 +89,7 @@ class Scorer:
         """
         self.waiting.put(None)
         self.thread.join()
-        self._check()
+        self.check()
         scores = {step: score for step, score in self.scores.items() if step <= last}
         if not self.rundir.complete(f"{self.place}/{BEST}"):
             model, _ = self._model()
@@ -98,7 +99,8 @@ class Scorer:
                 save_trained(model, state, target)
         return scores
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises UserError where translating has failed."""
         if self.problem is not None:
             raise UserError(f"translating the dev split failed: {self.problem}", 1)
 

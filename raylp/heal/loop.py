@@ -13,6 +13,7 @@ from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.heal import plan
 from raylp.heal.config import Heal
+from raylp.heal.dev import BEHIND, WAIT_S
 from raylp.heal.losses import Teacher, correspondence, losses
 from raylp.heal.pack import loss_sum, why_not_packed
 from raylp.heal.portable import gather, scatter
@@ -186,7 +187,10 @@ class _Worker:
         return [[batch[i] for i in row] for row in mine]
 
     def enough(self, history: Sequence[dict[str, Any]]) -> bool:
-        """Whether the looks so far say that it gets no better; the same for all workers."""
+        """Whether the looks so far say that it gets no better; the same for all workers.
+
+        By chrF++: but for the last `BEHIND` looks, however quick the scorer is, so that the same run ends the same way.
+        """
         import ray
 
         config = self.config
@@ -196,9 +200,11 @@ class _Worker:
             return plan.no_better(_dev_losses(history), False, config.patience)
         told = False
         if self.rank == 0:
-            scores = ray.get(self.board.scores.remote())
-            so_far = {step: score for step, score in scores.items() if step <= len(history)}
-            told = plan.no_better(so_far, True, config.patience)
+            looks = list(_dev_losses(history))[:-BEHIND]
+            while not set(looks) <= set(scores := ray.get(self.board.scores.remote())):
+                ray.get(self.scorer.check.remote())
+                time.sleep(WAIT_S)
+            told = plan.no_better({step: scores[step] for step in looks}, True, config.patience)
         return self.total(float(told)) > 0
 
     def total(self, value: float) -> float:

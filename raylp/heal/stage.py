@@ -112,7 +112,7 @@ def heal(context: Context) -> dict[str, Any]:
     if config.baseline:
         source = context.baseline
         for stop in stops[:-1]:  # healed as often as the pruned one, each time from what the last healing left
-            leg = replace(context, rundir=leg_folder(context, stop))
+            leg = replace(context, rundir=leg_folder(context, stop), start=context.baseline)
             heal_model(leg, source, "baseline-healed", "as the pruned model", [], taught=context.rundir)
             source = leg.rundir.local("models/baseline-healed")
         done["baseline-healed"] = heal_model(context, source, "baseline-healed", "as the pruned model", [])

@@ -63,8 +63,8 @@ def check_built(layer: Any) -> None:
     """Refuses a layer that `concatenate` does not know how to take apart."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     known = all(hasattr(attention, name) for name in ATTENTION) and all(hasattr(mlp, name) for name in MLP)
-    norms = [norm for norm in (*_norms(layer)[:2], *_norms(layer)[2]) if norm is not None] if known else []
-    if not known or not norms or any(getattr(norm, "bias", None) is not None for norm in norms):
+    norms = [*_norms(layer)[:2], *(norm for _, norm in _norms(layer)[2])] if known else []
+    if not known or any(norm is None or getattr(norm, "bias", None) is not None for norm in norms):
         raise UserError(
             f"repair concatenate: {type(layer).__name__} is not built of q, k, v, o and gate, up, down projections "
             f"behind norms without biases; take another method"
@@ -73,7 +73,7 @@ def check_built(layer: Any) -> None:
 
 def _norms(layer: Any) -> tuple[Any, Any, list[tuple[str, Any]]]:
     """The norms before attention and before the MLP, and those behind them with their names."""
-    before = layer.input_layernorm
+    before = getattr(layer, "input_layernorm", None)
     if hasattr(layer, "pre_feedforward_layernorm"):
         names = ("post_attention_layernorm", "post_feedforward_layernorm")
         return before, layer.pre_feedforward_layernorm, [(name, getattr(layer, name)) for name in names]
