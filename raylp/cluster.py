@@ -64,6 +64,7 @@ def start(resources: "Resources") -> None:
     os.environ.setdefault("RAY_health_check_failure_threshold", "20")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a checkpoint is taken at each, not at once
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = resources.address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -96,7 +97,7 @@ def start(resources: "Resources") -> None:
     _own_node = ray.get_runtime_context().get_node_id()
 
 
-def _is_own() -> bool:
+def is_own() -> bool:
     """Whether the Ray this process is connected to is the one `start` made, not its caller's."""
     import ray
 
@@ -105,7 +106,7 @@ def _is_own() -> bool:
 
 def start_afresh(resources: "Resources") -> None:
     """As `start`; a Ray that `start` made is made anew, without the controllers that earlier stages' engines left."""
-    if _is_own():
+    if is_own():
         import ray
 
         ray.shutdown()
@@ -124,7 +125,7 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
     for name, wanted, key in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
         there = total.get(key, 0)
         if wanted > there:
-            raises = _is_own() and key == "CPU"
+            raises = is_own() and key == "CPU"
             more = "raise resources.cpus (it may exceed the cores)" if raises else f"use a cluster with more {name}"
             raise UserError(
                 f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: lower the number of workers, engines "

@@ -236,6 +236,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what is not the same for all; layer_t
     "gemma3": {**_GEMMA},
     "cohere": {"logit_scale": 1.0},
     "cohere2": {**_MIXED, "logit_scale": 1.0},
+    "olmo2": {},
     "gpt2": {},
     "opt": {"word_embed_proj_dim": 64},
 }

@@ -312,7 +312,7 @@ def _fit(
     """Runs the training on every step's examples; the weights to keep are put into `trained`, the steps returned."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Here, where the driver is: another node may be taken away, and only its workers start again elsewhere.
@@ -322,7 +322,7 @@ def _fit(
     size = STEPS_OF_A_BLOCK
     blocks = [ray.put(list(steps[start : start + size])) for start in range(0, len(steps), size)]
     scorer = _scorer(context, job, f"{LOOKS}/{run_name}", board, gpus) if job["heal"]["keep"] == "chrF++" else None
-    trainer = TorchTrainer(
+    trainer = _trainer()(
         train_loop,
         train_loop_config={
             **job,
@@ -360,6 +360,22 @@ def _fit(
         shutil.rmtree(trained)
         shutil.copytree(rundir.local(f"{LOOKS}/{run_name}/{BEST}"), trained)
     return history
+
+
+def _trainer() -> Any:
+    """Ray Train's trainer for torch, the class. On a Ray of this run's own it does without the actor that clears
+    placement groups away behind a driver that died: there, all of Ray goes with the driver. That actor asks the
+    dashboard, which a local Ray does not have, and the end of every training would wait twelve seconds for it.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    return LocalTrainer if cluster.is_own() else TorchTrainer
 
 
 def _scorer(context: Context, job: dict[str, Any], place: str, board: Any, gpus: int) -> Any:
