@@ -57,7 +57,7 @@ def start(resources: "Resources") -> None:
     """Connects to `resources.address` or $RAY_ADDRESS, or starts a local Ray; nothing when already connected.
 
     Raises:
-        UserError: the cluster at the address does not answer.
+        UserError: the cluster at the address does not answer, or no Ray starts here.
     """
     global _own_node
     os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
@@ -86,14 +86,20 @@ def start(resources: "Resources") -> None:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}; check resources.address", 1) from error
         return
-    ray.init(
-        address="local",  # without it, Ray would join any cluster that runs on this machine, and refuse num_cpus
-        num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
-        num_gpus=resources.gpus if resources.gpus is not None else num_gpus(),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        **options,
-    )
+    try:
+        ray.init(
+            address="local",  # without it, Ray would join any cluster that runs on this machine, and refuse num_cpus
+            num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
+            num_gpus=resources.gpus if resources.gpus is not None else num_gpus(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **options,
+        )
+    except Exception as error:  # Ray has no class of its own for it; a machine with too much to do is the usual cause
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"Ray did not start on this machine: {text}; when it is less busy, the same command goes on", 1
+        ) from error
     _own_node = ray.get_runtime_context().get_node_id()
 
 

@@ -1,5 +1,6 @@
 """Whose Ray it is: raylp makes its own anew, and leaves its caller's alone."""
 
+import os
 import subprocess
 import sys
 
@@ -35,3 +36,11 @@ def test_only_its_own_ray_is_made_anew() -> None:
         "it needs 2 CPUs, the Ray cluster has 1: lower the number of workers, engines or models, or use a cluster with "
         "more CPUs",
     ], done.stderr
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line() -> None:
+    script = "from raylp import cluster; from raylp.recipe import Resources\ntry: cluster.start(Resources())\n"
+    script += "except cluster.UserError as error: print(error)"
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": "/proc/none"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("Ray did not start on this machine: ") and done.stdout.count("\n") == 1, done.stderr
