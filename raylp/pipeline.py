@@ -104,13 +104,11 @@ def read_by(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
     """
     if stage.name == "distill" and recipe.distill is not None:
         return (recipe.distill.sources,)
-    if stage.name == "heal" and recipe.heal is not None:
-        learned = stage.splits if recipe.heal.data != "teacher" else ()
+    if stage.name in ("adapt", "heal") and recipe.heal is not None:
+        learned = () if stage.name == "heal" and recipe.heal.data == "teacher" else stage.splits
         return (*learned, "dev") if recipe.heal.looks_at_dev else learned
     if stage.name == "quantize" and recipe.quantize is not None:
         return stage.splits if recipe.quantize.calibrated else ()
-    if stage.name == "adapt" and recipe.heal is not None and recipe.heal.looks_at_dev:
-        return (*stage.splits, "dev")
     heals = stage.name == "search" and recipe.search is not None and recipe.search.heals
     return (*stage.splits, "train") if heals else stage.splits
 
@@ -431,8 +429,12 @@ def open_manifest(context: Context) -> dict[str, Any]:
 def num_depths(context: Context) -> int:
     """How many models are pruned."""
     section = context.recipe.search
-    stops = stops_of(context.recipe, stack_size(context.original))
-    return max(1, len(stops or (section.depths if section is not None else ())))
+    return max(1, len(_stops(context) or (section.depths if section is not None else ())))
+
+
+def _stops(context: Context) -> list[int]:
+    """The depths at which a model is healed on the way, as `stops_of` has them."""
+    return stops_of(context.recipe, stack_size(context.original))
 
 
 def needed_disk(context: Context) -> int:
@@ -447,10 +449,7 @@ def needed_disk(context: Context) -> int:
         when, baseline = context.recipe.heal.when, context.recipe.heal.baseline
         copies += (num_depths(context) + baseline if when != "before" else 0) + (when != "after")
         if baseline:  # after every leg it is healed too
-            legs = [
-                f"legs/{stop}/models/baseline-healed"
-                for stop in stops_of(context.recipe, stack_size(context.original))[:-1]
-            ]
+            legs = [f"legs/{stop}/models/baseline-healed" for stop in _stops(context)[:-1]]
             copies += sum(not context.rundir.complete(leg) for leg in legs)
         checkpoints = checkpoint_bytes(context.original, context.recipe.heal)
     names = [name for name in context.rundir.names("models") if context.rundir.complete(f"models/{name}")]

@@ -106,9 +106,9 @@ class RunDir:
         parent = Path(self.full(name)).parent if self.is_local else cache_dir() / "building" / _digest(self.url)
         parent.mkdir(parents=True, exist_ok=True)
         stem = f".building-{name.rsplit('/', 1)[-1]}"
-        for scratch in parent.glob(f"{stem}@*@*@*"):
-            if _left_behind(scratch):
-                shutil.rmtree(scratch, ignore_errors=True)
+        for other in parent.glob(f"{stem}@*@*@*"):
+            if _left_behind(other):
+                shutil.rmtree(other, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{stem}@{socket.gethostname()}@{os.getpid()}@", dir=parent))
         try:
             yield scratch
@@ -280,17 +280,16 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self.stopped.wait(RENEW_S):
-            try:
+            with suppress(OSError, UserError):  # a full disk or a lost connection may come back before the lease ends
                 held = self._read()
-                if held is None or held["token"] == self.owner["token"]:
-                    self._write()
-                    continue
-            except (OSError, UserError):
-                continue  # a full disk or a lost connection may come back before the lease ends
-            message = f"run directory {self.rundir.url} was taken over by process {held['pid']} on {held['host']}"
-            print(f"{message} while this one was held up: stopping", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+                if held and held["token"] != self.owner["token"]:
+                    message = (
+                        f"run directory {self.rundir.url} was taken over by process {held['pid']} on {held['host']}"
+                    )
+                    print(f"{message} while this one was held up: stopping", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                self._write()
 
 
 def directory_manifest(path: Path) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def test_an_answer_ends_as_the_chat_template_ends_it(toy_checkpoint: Path) -> No
     turn = "{% for m in messages %}[{{ m.role }}]{{ m.content }}END{% endfor %}"
     tokenizer.chat_template = turn.replace("END", "\n")
     assert Prompt(chat=True).target_tokens(tokenizer, "remi") == [*words, tokenizer.eos_token_id]
+    tokenizer = load_tokenizer(toy_checkpoint)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     tokenizer.chat_template = turn.replace("END", "<end_of_turn>\n")
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import toy
 
+from raylp.cluster import use_token
 from raylp.serve.slo import LEAST
 
 ROOT = Path(__file__).parent.parent
@@ -175,16 +176,13 @@ def test_the_page_is_there_and_needs_nothing_else(job: tuple[Path, str]) -> None
     assert HEALED in page and "http-equiv" not in page and 'src="http' not in page and 'href="http' not in page
 
 
-def test_the_dry_run_of_serve_can_be_deployed(
-    job: tuple[Path, str], cluster_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dry_run_of_serve_can_be_deployed(job: tuple[Path, str], cluster_address: str, tmp_path: Path) -> None:
     """`raylp serve --dry-run` into a file, the file to `serve deploy`, and sentences to what then runs.
 
     Where no model can be quick enough, that is learned from requests of several sentences, each of which counts once.
     """
     run_dir, port = job[0], free_port()
-    if (Path.home() / ".ray" / "auth_token").exists():
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # where there is one, the cluster asks for it
+    use_token()
     options = [f"--set=serve.port={port}", "--set=serve.models=[baseline, pruned]", "--slo=p90=1ms"]
     told = subprocess.run(
         [sys.executable, "-m", "raylp", "serve", str(run_dir), "--dry-run", *options],

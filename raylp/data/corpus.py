@@ -70,8 +70,7 @@ def read_sources(path: str | Path, pair: str) -> list[Pair]:
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"data file {file}, line {number}: no text under 'source' ({error})") from error
         if text:
-            if "\n" in text or "\r" in text:
-                raise UserError(_broken(file, number, "source"))
+            _check_one_line(file, number, "source", text)
             found.append(Pair(name, text, "", pair))
     return _unique(found, str(file))
 
@@ -95,13 +94,13 @@ def _checked(path: Path, number: int, example: Pair) -> Pair:
         text = getattr(example, side)
         if not text.strip():
             raise UserError(f"data file {path}, line {number}: no {side}; remove the line or fill it")
-        if "\n" in text or "\r" in text:
-            raise UserError(_broken(path, number, side))
+        _check_one_line(path, number, side, text)
     return example
 
 
-def _broken(path: Path, number: int, side: str) -> str:
-    return f"data file {path}, line {number}: a line break inside the {side}; one sentence is one line"
+def _check_one_line(path: Path, number: int, side: str, text: str) -> None:
+    if "\n" in text or "\r" in text:
+        raise UserError(f"data file {path}, line {number}: a line break inside the {side}; one sentence is one line")
 
 
 def _jsonl(path: Path, pair: str) -> Iterator[Pair]:

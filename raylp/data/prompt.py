@@ -1,5 +1,6 @@
 """How a model is asked for a translation: the same way for every model of a run, and kept beside the weights."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,7 @@ class Prompt(BaseModel):
         return not self.chat
 
 
+@functools.lru_cache(maxsize=8)  # asked for every target; listing the added tokens alone takes milliseconds
 def _end_of_turn(tokenizer: Any) -> int:
     """The token that the tokenizer's chat template puts behind an answer: where it is no special one, the end of text.
 
