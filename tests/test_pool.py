@@ -168,7 +168,8 @@ print("all there")
 """
     env = {**os.environ, "RAY_health_check_period_ms": "1000", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, env=env)
-    assert done.stdout.strip().endswith("all there"), done.stderr[-2000:]
+    # Ray's own words on the node that is gone may come at any moment, behind this line too.
+    assert done.returncode == 0 and "all there" in done.stdout.splitlines(), done.stderr[-2000:]
 
 
 # --- one copy of the weights ---
