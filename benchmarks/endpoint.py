@@ -15,11 +15,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
+import torch
 from processes import cpu_seconds
 from rich.console import Console
 from rich.table import Table
@@ -29,10 +33,12 @@ from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
-from raylp.generate.vllm_engine import cpu_options
+from raylp.generate.vllm_engine import CPU_WORKER, cpu_options
+from raylp.quantize.engines import engine_options
 from raylp.serve.endpoint import endpoint, engine_length, engine_threads, num_sequences, serve_dtype
 
 START_S = 300
+SHARE = 0.5  # of a GPU, for each of the two
 
 
 def main() -> None:
@@ -47,6 +53,9 @@ def main() -> None:
     context, name, path = open_run(given.run, given.model)
     prompts = sentences_that_fit(context, given.requests, given.output_tokens)
     loads = [Load("closed", int(clients)) for clients in given.concurrency.split(",")]
+    if torch.cuda.is_available():
+        serve = context.recipe.serve.model_copy(update={"gpus": SHARE})
+        context = replace(context, recipe=context.recipe.model_copy(update={"serve": serve}))
     with endpoint(context, {name: path}) as served, bare_vllm(context, path) as bare:
         servers = {"bare vllm": (bare, str(path)), "raylp": (served.url, name)}
         found: dict[tuple[str, str, bool], list[Measurement]] = {}
@@ -78,18 +87,17 @@ class bare_vllm:  # noqa: N801
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         config = context.recipe.serve
-        import torch
-
         gpus = torch.cuda.device_count()
         self.threads = {} if gpus else {"OMP_NUM_THREADS": str(engine_threads(config))}
-        dtype, length = serve_dtype(config, context.dtype, gpus), engine_length(config, path)
+        dtype, length = serve_dtype(config, context.recipe.model.dtype, gpus), engine_length(config, path)
         options = {"model": path, "dtype": dtype, "max-model-len": length, "port": self.port, "host": "127.0.0.1"}
         options["generation-config"] = "vllm"
+        mine: dict[str, Any] = dict(engine_options(path))
         if gpus:
-            options |= {"gpu-memory-utilization": 0.45, "max-num-seqs": 2 * config.target_ongoing_requests}
+            mine |= {"gpu_memory_utilization": 0.9 * SHARE, "max_num_seqs": 2 * config.target_ongoing_requests}
         else:
-            mine = cpu_options(path, dtype, length, num_sequences(config))
-            options |= {key.replace("_", "-"): value for key, value in mine.items()}
+            mine |= {**cpu_options(path, dtype, length, num_sequences(config)), "worker_cls": CPU_WORKER}
+        options |= {key.replace("_", "-"): value for key, value in mine.items()}
         self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for key, value in options.items():
             self.command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
@@ -111,8 +119,9 @@ class bare_vllm:  # noqa: N801
         raise SystemExit(f"bare vLLM did not start: {self.log.name}")
 
     def __exit__(self, *_: object) -> None:
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            child.kill()
+        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
         self.process.kill()
         self.process.wait()
 

@@ -1,4 +1,4 @@
-"""What the processes of an endpoint take, by their kind."""
+"""What the processes of an endpoint take, by their kind: those that this process, or its Ray, started."""
 
 from collections import Counter
 from typing import Any
@@ -19,8 +19,11 @@ KINDS = {
 def by_kind() -> dict[str, list[psutil.Process]]:
     """Those that are there now."""
     found: dict[str, list[psutil.Process]] = {}
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
         kind = next((kind for part, kind in KINDS.items() if part in line), None)
         if kind:
             found.setdefault(kind, []).append(process)

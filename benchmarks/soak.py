@@ -39,6 +39,9 @@ WRONG: dict[str, tuple[str, Any]] = {
     "too long": ("/v1/completions", {"model": "MODEL", "prompt": "word " * 20000, "max_tokens": 4}),
     "huge": ("/translate", b"x" * (3 << 20)),
     "no list": ("/translate", {"sentences": "one", "model": "MODEL"}),
+    "wrong chat": ("/v1/chat/completions", {"model": "MODEL", "messages": [{"role": "user", "content": [1]}]}),
+    "half a character": ("/v1/completions", b'{"model": "MODEL", "prompt": "\\ud800"}'),
+    "minus answers": ("/v1/completions", {"model": "MODEL", "prompt": "a", "n": -9}),
     "wrong pair": ("/translate", {"sentences": ["a"], "pair": "xx-xx", "model": "MODEL"}),
     "not there": ("/nowhere", {}),
 }
@@ -110,7 +113,8 @@ class Soak:
             else:
                 async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
                     lines = [line async for line in answer.aiter_lines()]
-                fine = "data: [DONE]" in lines
+                parts = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+                fine = lines[-2:] == ["data: [DONE]", ""] and bool(parts) and not any("error" in part for part in parts)
         except (httpx.HTTPError, ValueError, KeyError) as error:
             fine, answer = False, error  # type: ignore[assignment]
         self.good[kind] += 1
@@ -130,7 +134,9 @@ class Soak:
                 told[0] += 1
             return
         path, body = WRONG[what]
-        content = body if isinstance(body, bytes) else json.dumps(body).replace("MODEL", self.model).encode()
+        content = (body if isinstance(body, bytes) else json.dumps(body).encode()).replace(
+            b"MODEL", self.model.encode()
+        )
         try:
             answer = await http.post(path, content=content, headers={"content-type": "application/json"})
             told[answer.status_code] += 1

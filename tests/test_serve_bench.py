@@ -401,7 +401,7 @@ def test_gpus_are_shared_evenly() -> None:
     assert gpu_share("auto", 2, 1) == 0.5
     assert gpu_share("auto", 3, 2) == 0.5, "three halves fit on two, three times two thirds do not"
     assert gpu_share(0.25, 2, 1) == 0.25
-    assert serve_dtype(Serve(), "float32", 0) == "bfloat16"
+    assert serve_dtype(Serve(), "float32", 0) == serve_dtype(Serve(), "auto", 1) == "bfloat16"
     assert serve_dtype(Serve(), "float32", 1) == "float32"
     assert serve_dtype(Serve(dtype="float16"), "float32", 1) == "float16"
 
@@ -754,13 +754,27 @@ def refuses(url: str) -> None:
         (b'{"sentences": ["a"], "model": "nobody"}', 404, f"one of baseline, {PRUNED}, auto"),
         (b'{"sentences": ["a"], "model": "baseline:x"}', 404, "no such model"),
         (b'{"sentences": ["a"]}', 400, "which model?"),
-        (b'{"sentences": ["a", "\\ud800"], "model": "auto"}', 400, "sentence 1 holds half a character"),
+        (b'{"sentences": ["a", "\\ud800"], "model": "auto"}', 400, "half a character"),
+        (b'{"sentences": ["a"], "pair": "\\udc00"}', 400, "half a character"),
         (json.dumps({"sentences": ["a"] * 21, "model": "auto"}).encode(), 413, "20 at a time"),
         (b"x" * (2**20 + 1), 413, "1048576 bytes"),
     ):
         answer = httpx.post(f"{url}/translate", content=body, headers={"content-type": "application/json"}, timeout=60)
         assert answer.status_code == status, (body[:80], answer.text)
         assert said in answer.json()["error"]["message"], answer.text
+    talk = {"model": PRUNED, "max_tokens": 2}
+    for path, wrong, said in (
+        ("chat/completions", {**talk, "messages": [{"role": "user", "content": [1]}]}, "messages.0.content"),
+        ("chat/completions", {**talk, "messages": []}, ""),
+        ("completions", talk, "prompt"),
+        ("completions", {**talk, "prompt": "a", "n": -9}, "-9 answers cannot be given"),
+    ):
+        answer = httpx.post(f"{url}/v1/{path}", json=wrong, timeout=60)
+        assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+        assert "original exception" not in answer.text
+    counted = httpx.get(f"{url}/metrics", timeout=30).text
+    assert 'path="/v1/completions",status="400"} 3.0' in counted, "one was too long"
+    assert 'status="500"' not in counted
     many = {"model": "baseline", "prompt": ["a"] * 7, "n": 3, "max_tokens": 2}
     assert httpx.post(f"{url}/v1/completions", json=many, timeout=60).status_code == 413, "21 answers"
     nowhere = httpx.get(f"{url}/nowhere", timeout=60)

@@ -55,6 +55,8 @@ def test_a_key_is_asked_for_where_there_are_any() -> None:
     assert "Authorization: Bearer KEY" in wrong.json()["error"]["message"]
     assert wrong.headers["www-authenticate"] == "Bearer"
     assert "guess" not in wrong.text
+    (held,) = ask(gate, ("POST", "/health", {}))
+    assert held.status_code == 401, "what may take a place at work needs a key"
     (open_to_all,) = ask(gate_to(echo), ("POST", "/translate", {}))
     assert open_to_all.status_code == 200
 
@@ -190,6 +192,24 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyP
     assert late.status_code == 408 and gate.traffic.at_work == 0
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"prompt": "\\ud83d"}', 400),
+        (b'{"prompt": ["\\uDE00"]}', 400),
+        (b'{"\\udc00": 1}', 400),
+        (b'{"prompt": "\xed\xa0\x80"}', 400),
+        (b'{"prompt": "\\ud83d\\ude00"}', 200),
+        ('{"prompt": "\ud55c"}'.encode(), 200),
+        (b'{"prompt": "\\\\ud800"}', 200),
+        (b'{"prompt": "\\ud800', 200),
+    ],
+)
+def test_half_a_character_is_refused(body: bytes, status: int) -> None:
+    (answer,) = ask(gate_to(echo), ("POST", "/translate", {"content": body}))
+    assert answer.status_code == status
+
+
 def test_keys_are_read_by_line() -> None:
     assert read_keys("# mine\nsecret\n\n  secret \n") == ["secret", "secret"]
     assert key_hash(b"secret") == KEY and "secret" not in KEY
@@ -251,6 +271,38 @@ def test_what_was_too_slow_is_tried_again_after_a_while() -> None:
     assert set(world.requests(1, 100)) == {"cut"}
     world.now += 31
     assert world.requests(1)[-1] == "whole"
+
+
+def test_seldom_requests_teach_as_well() -> None:
+    world = World(whole=2000, cut=20)
+    chosen = []
+    for _ in range(100):
+        world.now += 8
+        chosen += world.requests(1, 1)
+    assert chosen[:5] == ["whole"] * 5
+    assert chosen[5:].count("whole") <= 5, "half of what p90 lets be late"
+    world.cost["whole"] = 100
+    for _ in range(30):
+        world.now += 8
+        chosen += world.requests(1, 1)
+    assert chosen[-1] == "whole"
+
+
+def test_a_model_that_has_stopped_is_left_while_its_requests_wait() -> None:
+    now = 0.0
+    chooser = Chooser(["stalled", "well"], Objective(90, 300), lambda: now)
+    for _ in range(20):
+        chooser.done("stalled", 1, 100)
+    with ExitStack() as stack:
+        for _ in range(3):
+            assert chooser.choose(1) == "stalled"
+            stack.enter_context(chooser.timing("stalled", 1))
+        now = 1.0
+        assert [chooser.choose(load) for load in (1, 1, 4)] == ["well"] * 3
+        now = 100.0
+        assert chooser.choose(1) == "well"
+    now = 200.0
+    assert chooser.choose(1) == "stalled", "tried again when it may be well"
 
 
 def test_a_load_is_judged_by_lighter_and_heavier_ones() -> None:

@@ -205,7 +205,7 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
     models = sorted({cell.model for cell in missing})
     key = next(iter(api_keys(context.recipe.serve)), None)
     gpus = ray.cluster_resources().get("GPU", 0) if context.recipe.serve.gpus != 0 else 0
-    dtype = serve_dtype(context.recipe.serve, context.dtype, gpus)
+    dtype = serve_dtype(context.recipe.serve, context.recipe.model.dtype, gpus)
     start = secrets.token_hex(4)
     total = sum(config.num_requests(cell.load) for cell in missing) + len(models) * config.warmup
     most = Load("closed", max(config.concurrency, default=1))
@@ -242,7 +242,7 @@ def measure_batches(context: Context, plan: Plan) -> None:
         return
     cluster.start_afresh(context.recipe.resources)
     gpus = gpu_share(context.recipe.serve.gpus, len(plan.models), ray.cluster_resources().get("GPU", 0))
-    dtype = serve_dtype(context.recipe.serve, context.dtype, gpus)
+    dtype = serve_dtype(context.recipe.serve, context.recipe.model.dtype, gpus)
     most = int(max(cell.load.value for cell in waiting))
     config, length = plan.config, engine_length(context.recipe.serve, context.baseline)
     start = secrets.token_hex(4)

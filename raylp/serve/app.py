@@ -20,12 +20,14 @@ def build(args: dict[str, Any]) -> Any:
     from ray.serve.llm import LLMConfig, build_llm_deployment
     from ray.serve.llm.ingress import make_fastapi_ingress
     from starlette.exceptions import HTTPException
+    from vllm.exceptions import VLLMClientError
 
     configs = [LLMConfig(**config) for config in args["llm_configs"]]
     # Not Ray's own application: that lets any page on the web ask the endpoint (CORS), and counts nothing.
     app = FastAPI(title="raylp", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, **args["gate"])
-    for kind in (HTTPException, RequestValidationError, OpenAIHTTPException, RayError, TooManyError, Exception):
+    told = (HTTPException, RequestValidationError, OpenAIHTTPException, RayError, TooManyError, VLLMClientError)
+    for kind in (*told, Exception):
         app.add_exception_handler(kind, tell_error)
     ingress = make_fastapi_ingress(RunIngress, endpoint_map=ROUTES, app=app)
     return serve.deployment(ingress, **args["ingress"]).bind(

@@ -19,10 +19,10 @@ class Serve(Section):
     `tensor_parallel`: GPUs that one engine's weights are spread over.
     `max_model_len`: the most tokens of a prompt and its answer. `ready_timeout_s`: how long a start may take;
     `drain_s`: how long a shutdown waits for requests at work.
-    `max_waiting`: requests at work at a time, more are told to come again; `max_body_bytes` of a request;
-    `max_sentences` of a request to /translate. `api_keys`: a file with one key a line, of which each request must send
-    one. `slo`: such as p90=300ms; requests to the model `auto` are answered by the one with the most layers that meets
-    it under the present load.
+    `max_waiting`: requests at work at a time, each sentence of one counted, more are told to come again;
+    `max_body_bytes` of a request; `max_sentences` of a request to /translate. `api_keys`: a file with one key a line,
+    of which each request must send one. `slo`: such as p90=300ms; requests to the model `auto` are answered by the one
+    with the most layers that meets it under the present load.
     """
 
     models: list[str] | None = Field(None, min_length=1)
@@ -38,7 +38,7 @@ class Serve(Section):
     tensor_parallel: int = Field(1, ge=1)
     ready_timeout_s: float = Field(600, gt=0)
     drain_s: float = Field(30, ge=0)
-    max_waiting: int = Field(256, ge=1)
+    max_waiting: int = Field(1024, ge=1)
     max_body_bytes: int = Field(2**20, ge=1024)
     max_sentences: int = Field(256, ge=1)
     api_keys: str | None = None

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,8 +33,11 @@ from raylp.serve.config import Serve
 from raylp.serve.gate import key_hash, read_keys
 
 APP = "raylp"
+DEPLOYED = "raylp-deployed"  # what `serve deploy` runs from a file, which no driver may take for its own
+HOLDER = "raylp-endpoint"
 MARK = "VLLM_LOGGING_CONFIG_PATH"  # in the environment of every process of an engine, another for each model
 BEAT_S = 2.0
+LOOK_S = 10.0
 INGRESS_CPUS = 0.5
 PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
 # Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm
@@ -53,7 +56,7 @@ def serve(context: Context, out: TextIO) -> None:
     """The models of the run on one endpoint until Ctrl-C or SIGTERM; one line on `out` says how to use it.
 
     Raises:
-        UserError: see `endpoint`.
+        UserError: see `endpoint`; or it was taken down from elsewhere.
     """
     config = context.recipe.serve
     models = served(config, context.models())
@@ -64,9 +67,9 @@ def serve(context: Context, out: TextIO) -> None:
         print(usage(context, url, list(models)), file=out, flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        # A wait without end would not let Python run the handler at once.
-        while not stop.wait(BEAT_S):
-            continue
+        while not stop.wait(LOOK_S):
+            if not _is_there():
+                raise UserError("the endpoint was taken down from elsewhere (serve shutdown): start it again", 1)
         context.reporter.line("shutting the endpoint down")
 
 
@@ -127,7 +130,7 @@ def endpoint(
 
     engines = len(models) * config.replicas
     gpus = engine_gpus(config, engines, ray.cluster_resources().get("GPU", 0))
-    dtype = serve_dtype(config, context.dtype, gpus)
+    dtype = serve_dtype(config, context.recipe.model.dtype, gpus)
     what = f"serving {', '.join(models)} ({engines} engines)" if engines > 1 else f"serving {next(iter(models))}"
     if not cluster.on_head():
         raise UserError(
@@ -145,15 +148,18 @@ def endpoint(
         )
         check_memory(what, sum(weights), caches, processes, psutil.virtual_memory().available)
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
-    _clear_leftovers()
     url = f"http://{config.host}:{port}"
-    try:
-        _deploy(context, models, dtype, gpus, logs, port)
-        ready_s = _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
-        yield Endpoint(url, ready_s, {name: str(_logging_file(log)) for name, log in logs.items()})
-    finally:
-        _drain(config.drain_s)
-        _shut_down(port)
+    with nullcontext() if cluster.is_own() else _held(f"{context.rundir.root}, process {os.getpid()}"):
+        _clear_leftovers()
+        try:
+            _deploy(context, models, dtype, gpus, logs, port)
+            ready_s = _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
+            try:
+                yield Endpoint(url, ready_s, {name: str(_logging_file(log)) for name, log in logs.items()})
+            finally:
+                _drain(config.drain_s)
+        finally:
+            _shut_down(port)
 
 
 def serve_args(
@@ -283,10 +289,10 @@ def deploy_file(context: Context) -> str:
         "http_options": {"host": config.host, "port": config.port},
         "applications": [
             {
-                "name": APP,
+                "name": DEPLOYED,
                 "route_prefix": "/",
                 "import_path": "raylp.serve.app:build",
-                "args": serve_args(context, models, serve_dtype(config, context.dtype, gpus), gpus),
+                "args": serve_args(context, models, serve_dtype(config, context.recipe.model.dtype, gpus), gpus),
             }
         ],
     }
@@ -314,11 +320,14 @@ def engine_gpus(config: Serve, engines: int, total: float) -> float:
     return share
 
 
-def serve_dtype(config: Serve, run_dtype: str, gpus: float) -> str:
-    """The data type of weights and activations in the engines."""
+def serve_dtype(config: Serve, model_dtype: str, gpus: float) -> str:
+    """The data type of weights and activations in the engines.
+
+    `model_dtype`: as the recipe has it, and not as this machine would compute: the GPUs may be on others.
+    """
     if config.dtype != "auto":
         return config.dtype
-    return run_dtype if gpus else "bfloat16"
+    return model_dtype if gpus and model_dtype != "auto" else "bfloat16"
 
 
 def engine_length(config: Serve, path: Path) -> int:
@@ -419,8 +428,58 @@ def _deploy(
     serve.run_many([RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
 
 
+def _is_there() -> bool:
+    """Whether Serve still has the endpoint; yes where it is too busy to say."""
+    from ray import serve
+    from ray.exceptions import RayError
+
+    try:
+        return APP in serve.status().applications
+    except (RayError, TimeoutError):
+        return True
+
+
+@contextmanager
+def _held(owner: str) -> Iterator[None]:
+    """The cluster's Serve for this driver alone, by an actor that ends with it however it ends.
+
+    Raises:
+        UserError: another driver that is alive holds it.
+    """
+    import ray
+
+    class Holder:
+        def owner(self) -> str:
+            return owner
+
+    holding = ray.remote(Holder).options(name=HOLDER, namespace="raylp", num_cpus=0)
+    deadline = time.monotonic() + PORT_PATIENCE_S
+    while True:
+        try:
+            holder = holding.remote()
+            break
+        except ValueError:  # the name is taken
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            try:
+                other = ray.get(ray.get_actor(HOLDER, "raylp").owner.remote(), timeout=BEAT_S)
+            except (ValueError, ray.exceptions.RayError):
+                other = "one that does not say which"
+            raise UserError(
+                f"this cluster already serves a run ({other}): stop that first, or use a Ray of its own (unset "
+                f"resources.address and RAY_ADDRESS)"
+            ) from None
+    try:
+        yield
+    finally:
+        ray.kill(holder)
+
+
 def _clear_leftovers() -> None:
     """A driver that was killed on a lasting cluster leaves its Serve behind. Somebody else's is left alone.
+
+    Only for a driver that holds the cluster's Serve (`_held`), or has a Ray of its own.
 
     Raises:
         UserError: the cluster's Serve has other applications.

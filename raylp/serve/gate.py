@@ -147,7 +147,7 @@ class Gate:
 
     async def _pass(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        free = scope["path"] in OPEN
+        free = scope["path"] in OPEN and scope["method"] in ("GET", "HEAD")
         if self.keys and not free and not self._knows(headers.get(b"authorization", b"")):
             said = "an API key is wanted: send the header 'Authorization: Bearer KEY'"
             await refuse(send, 401, said, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
@@ -173,6 +173,9 @@ class Gate:
             if body is None:
                 said = f"the request is longer than {self.max_body_bytes} bytes: send less at a time"
                 await refuse(send, 413, said, "request_too_large")
+                return
+            if _holds_half_a_character(body.get("body", b"")):
+                await refuse(send, 400, "the request holds half a character (a lone surrogate)", "invalid_request")
                 return
             await self.app(scope, _again(body, receive), send)
         finally:
@@ -201,6 +204,19 @@ class Gate:
                 return None
             if not message.get("more_body"):
                 return {"type": "http.request", "body": b"".join(parts), "more_body": False}
+
+
+def _holds_half_a_character(body: bytes) -> bool:
+    """Whether a JSON text holds a lone surrogate, which JSON can write and no tokenizer or answer can hold."""
+    if b"\\ud" not in body.lower() and b"\xed" not in body:
+        return False
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):  # no JSON, which is for others to say
+        return False
+    return False
 
 
 def _again(first: Message, receive: Receive) -> Receive:

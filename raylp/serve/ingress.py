@@ -16,12 +16,13 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, OpenAIHTTPException
 from ray.llm._internal.serve.utils.server_utils import get_response_for_error
 from ray.serve.llm.ingress import OpenAiIngress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
 from starlette.exceptions import HTTPException
+from vllm.exceptions import VLLMClientError
 
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
@@ -59,14 +60,6 @@ class Sentences(BaseModel):
     pair: str | None = None
     model: str | None = None
 
-    @field_validator("sentences")
-    @classmethod
-    def _text(cls, value: list[str]) -> list[str]:
-        for place, sentence in enumerate(value):
-            if any("\ud800" <= character <= "\udfff" for character in sentence):
-                raise ValueError(f"sentence {place} holds half a character (a lone surrogate)")
-        return value
-
 
 class RunIngress(OpenAiIngress):
     """`run`: `prompt`, `pairs`, `models` ({name: {"path", "layers"}}), `slo` or None, `max_sentences`, `max_waiting`,
@@ -97,6 +90,15 @@ class RunIngress(OpenAiIngress):
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """OpenAI's chat completions, of a model of the run or of `auto`."""
+        for place, message in enumerate(body.messages):
+            for key in ("content", "tool_calls"):
+                parts = message.get(key)
+                if parts is not None and not isinstance(parts, str):
+                    try:
+                        message[key] = list(parts)  # they are checked only as they are taken
+                    except ValueError as error:
+                        said = f"messages.{place}.{key}: parts that are not as OpenAI's chat has them"
+                        raise HTTPException(400, said) from error
         return await self._timed(super().chat, body, request)
 
     async def translate(self, body: Sentences, request: Request) -> Response:
@@ -147,14 +149,19 @@ class RunIngress(OpenAiIngress):
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{ known }}", text))
 
     async def health(self) -> JSONResponse:
-        """200 when every model answers, 503 with the state of each when not; looked up once a second at most."""
+        """200 when every model answers, 503 with the state of each when not; looked up once a second at most.
+
+        A model answers while one of its replicas runs, whatever becomes of the others.
+        """
         from ray import serve
 
         if time.monotonic() - self._health[0] > HEALTH_S:
             name = serve.get_replica_context().app_name
             found = (await asyncio.to_thread(serve.status)).applications[name]
             states = {name: str(state.status.value) for name, state in found.deployments.items()}
-            self._health = time.monotonic(), {"status": str(found.status.value), "deployments": states}
+            answer = all(state.replica_states.get("RUNNING", 0) for state in found.deployments.values())
+            status = "RUNNING" if answer else str(found.status.value)
+            self._health = time.monotonic(), {"status": status, "deployments": states}
         content = dict(self._health[1])
         ready = content["status"] == "RUNNING" and not TRAFFIC.draining
         content["status"] = "ok" if ready else "draining" if TRAFFIC.draining else content["status"].lower()
@@ -214,7 +221,10 @@ class RunIngress(OpenAiIngress):
         """
         prompts = getattr(body, "prompt", None)
         several = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
-        count = (len(prompts) if several and prompts is not None else 1) * (body.n or 1)
+        wanted = 1 if body.n is None else body.n
+        if wanted < 1:
+            raise HTTPException(400, f"n: {wanted} answers cannot be given; 1 or more")
+        count = (len(prompts) if several and prompts is not None else 1) * wanted
         self._few(count, "answers")
         load = TRAFFIC.at_work + count - 1
         body.model = self._model(body.model, load)
@@ -279,6 +289,8 @@ async def tell_error(request: Request, error: Exception) -> JSONResponse:
         status, said = 429, f"{error}; come again in {RETRY_AFTER_S} s"
     elif isinstance(error, OpenAIHTTPException):
         status, said, kind = error.status_code, error.message, error.type
+    elif isinstance(error, VLLMClientError):  # what vLLM's own checks of a request say
+        status, said = 400, str(error)
     else:
         found = get_response_for_error(error, request.headers.get("x-request-id", "")).error
         status, said, kind = int(found.code), found.message, found.type

@@ -1,14 +1,16 @@
 """Which model answers where there is a latency to keep: the one with the most layers that keeps it under this load.
 
-Pure: it is told what was asked and how long it took. A model's latency is known from its own requests at a like load,
-and forgotten after a while, so that a model is tried again when the load has fallen.
+Pure: it is told what was asked and how long it took. A model's latency is known from its own requests at a like load:
+the last few, and all of the last while. One that was too slow is tried again after that while, seldom enough for the
+objective to be kept all the same.
 """
 
+import itertools
 import math
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +51,8 @@ class Chooser:
 
     A load is a number of requests at work; loads within a factor of two are alike. What is not known of a model at a
     load follows from what is: with fewer at work it is no slower. What then is still unknown is tried by a few requests
-    at a time, while the others go to the next model.
+    at a time, while the others go to the next model. A request that is still at work later than the objective allows
+    counts like one that took too long, so that a model that has stopped is left at once.
     """
 
     def __init__(
@@ -66,16 +69,25 @@ class Chooser:
         self.keep_s = keep_s
         self.least = least
         self._seen: dict[str, dict[int, deque[tuple[float, float]]]] = {model: {} for model in models}
-        self._under_way: Counter[tuple[str, int]] = Counter()
+        self._under_way: dict[tuple[str, int], dict[int, float]] = {}  # when each that is at work was begun
+        self._numbers = itertools.count()
+        # Of as many requests one may be a try: half of those that the objective lets be late.
+        self._spare = math.ceil(2 / (1 - objective.percentile / 100))
+        self._asked = 0
+        self._tried: dict[str, int] = {}  # how many had been asked when one was tried again
 
     def choose(self, load: int) -> str:
         """The first of the models that keeps the objective at this load, or may and is not tried enough already.
 
         The last where there is none.
         """
+        self._asked += 1
         for model in self.models:
             keeps = self.keeps(model, load)
-            if keeps or (keeps is None and self._under_way[model, _like(load)] < self.least):
+            if keeps or (keeps is None and len(self._began(model, _like(load))) < self.least):
+                return model
+            if keeps is False and self._may_be_tried(model, load):
+                self._tried[model] = self._asked
                 return model
         return self.models[-1]
 
@@ -85,15 +97,16 @@ class Chooser:
 
         One that is given up tells nothing, unless it had taken too long by then.
         """
-        place = (model, _like(load))
         started = self.clock()
-        self._under_way[place] += 1
+        under_way = self._under_way.setdefault((model, _like(load)), {})
+        number = next(self._numbers)
+        under_way[number] = started
         given_up = True
         try:
             yield
             given_up = False
         finally:
-            self._under_way[place] -= 1
+            del under_way[number]
             ms = (self.clock() - started) * 1000
             if not given_up or ms > self.objective.ms:
                 self.done(model, load, ms)
@@ -106,7 +119,7 @@ class Chooser:
     def keeps(self, model: str, load: int) -> bool | None:
         """Whether the model keeps the objective at this load, as far as is known now."""
         here = _like(load)
-        known = {like: self._percentile(model, like) for like in self._seen[model]}
+        known = {like: self._percentile(model, like) for like in {*self._seen[model], here}}
         levels = {like: ms <= self.objective.ms for like, ms in known.items() if ms is not None}
         if here in levels:
             return levels[here]
@@ -114,15 +127,32 @@ class Chooser:
             return False
         return True if any(kept for like, kept in levels.items() if like > here) else None
 
+    def _may_be_tried(self, model: str, load: int) -> bool:
+        """Whether a model that was too slow gets another request: one at a time, for as long as they are quick enough.
+
+        After one that was not, only when a while has passed, and as many requests as make up for it.
+        """
+        if any(at_work for (name, _), at_work in self._under_way.items() if name == model):
+            return False
+        newest = max(seen[-1] for like, seen in self._seen[model].items() if like <= _like(load) and seen)
+        if newest[1] <= self.objective.ms:
+            return True
+        rested = self.clock() - newest[0] > self.keep_s
+        return rested and self._asked - self._tried.get(model, -self._spare) >= self._spare
+
+    def _began(self, model: str, like: int) -> Collection[float]:
+        """When each request at work was begun, of a model at a load."""
+        return self._under_way.get((model, like), {}).values()
+
     def _percentile(self, model: str, like: int) -> float | None:
-        """Of the latencies at a load that are not too old; None where they are too few."""
-        seen = self._seen[model][like]
-        oldest = self.clock() - self.keep_s
-        while seen and seen[0][0] < oldest:
+        """Of the latencies at a load that are not too old, or of the last few; None where they are too few."""
+        seen = self._seen[model].get(like, deque())
+        while len(seen) > self.least and seen[0][0] < self.clock() - self.keep_s:
             seen.popleft()
-        if len(seen) < self.least:
+        late = sum((self.clock() - began) * 1000 > self.objective.ms for began in self._began(model, like))
+        if len(seen) + late < self.least:
             return None
-        ordered = sorted(ms for _, ms in seen)
+        ordered = [*sorted(ms for _, ms in seen), *[math.inf] * late]
         return ordered[math.ceil(self.objective.percentile / 100 * len(ordered)) - 1]
 
 
