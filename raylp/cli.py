@@ -1,5 +1,6 @@
 """The command line: `raylp VERB`. Results on stdout, progress on stderr; exit 0, 1 (failed) or 2 (wrong usage)."""
 
+import codecs
 import os
 import signal
 import sys
@@ -457,6 +458,8 @@ def _require_run(run_dir: str) -> None:
 def _stdin_lines(lenient: bool) -> Any:
     """Lines of standard input as they come; what is not UTF-8 is refused with its number, or replaced and told."""
     for number, raw in enumerate(sys.stdin.buffer, 1):
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
         try:
             yield raw.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:

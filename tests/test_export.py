@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_a_line_out_for_every_line_in(submission: Path, python: Path, tmp_path: 
         "",
     ]
     given, made = tmp_path / "in.txt", tmp_path / "out.txt"
-    given.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    given.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8-sig")  # with a mark of byte order
     with given.open("ab") as stream:
         stream.write(b"gana \xff pamo\n")
     lines.append("gana \N{REPLACEMENT CHARACTER} pamo")
@@ -168,6 +169,7 @@ def test_a_line_out_for_every_line_in(submission: Path, python: Path, tmp_path: 
         (["--lang-pair"], "needs a value"),
         (["--lang-pair", "xx-yy", "--input", "nowhere.txt"], "cannot be read"),
         (["--lang-pair", "xx-yy", "--output", "no/where.txt"], "no such directory"),
+        (["--lang-pair", "xx-yy", "--output", "/"], "is a directory"),
         (["--pairs", "xx-yy"], "unknown option --pairs"),
     ],
 )
@@ -353,4 +355,8 @@ def run(submission: Path, python: Path, *arguments: str, stdin: str = "") -> sub
     nobody = "http://127.0.0.1:9"
     env = {**os.environ, "PYTHON": str(python), "https_proxy": nobody, "http_proxy": nobody}
     command = ["bash", str(submission / "run.sh"), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, check=False, timeout=300)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        (Path(elsewhere) / "numpy.py").write_text("raise SystemExit('the caller's')")
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env=env, check=False, timeout=300, cwd=elsewhere
+        )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-IGNORED = ["re:.*lm_head", "re:.*embed.*", "re:.*(vision|visual|audio|image).*"]
+IGNORED = ["re:.*lm_head", "re:.*embed.*", "re:.*(vision|visual|audio|image).*", "re:.*(gate|router)$"]
 
 
 def main() -> None:
