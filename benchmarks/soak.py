@@ -40,7 +40,7 @@ WRONG: dict[str, tuple[str, Any]] = {
     "huge": ("/translate", b"x" * (3 << 20)),
     "no list": ("/translate", {"sentences": "one", "model": "MODEL"}),
     "wrong chat": ("/v1/chat/completions", {"model": "MODEL", "messages": [{"role": "user", "content": [1]}]}),
-    "half a character": ("/v1/completions", b'{"model": "MODEL", "prompt": "\\ud800"}'),
+    "half a character": ("/v1/completions", {"model": "MODEL", "prompt": "\ud800"}),
     "minus answers": ("/v1/completions", {"model": "MODEL", "prompt": "a", "n": -9}),
     "wrong pair": ("/translate", {"sentences": ["a"], "pair": "xx-xx", "model": "MODEL"}),
     "not there": ("/nowhere", {}),
@@ -134,9 +134,7 @@ class Soak:
                 told[0] += 1
             return
         path, body = WRONG[what]
-        content = (body if isinstance(body, bytes) else json.dumps(body).encode()).replace(
-            b"MODEL", self.model.encode()
-        )
+        content = body if isinstance(body, bytes) else json.dumps(body).replace("MODEL", self.model).encode()
         try:
             answer = await http.post(path, content=content, headers={"content-type": "application/json"})
             told[answer.status_code] += 1

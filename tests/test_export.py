@@ -356,7 +356,7 @@ def run(submission: Path, python: Path, *arguments: str, stdin: str = "") -> sub
     env = {**os.environ, "PYTHON": str(python), "https_proxy": nobody, "http_proxy": nobody}
     command = ["bash", str(submission / "run.sh"), *arguments]
     with tempfile.TemporaryDirectory() as elsewhere:
-        (Path(elsewhere) / "numpy.py").write_text("raise SystemExit('the caller's')")
+        (Path(elsewhere) / "numpy.py").write_text("raise SystemExit")
         return subprocess.run(
             command, input=stdin, capture_output=True, text=True, env=env, check=False, timeout=300, cwd=elsewhere
         )

@@ -5,12 +5,11 @@ the last few, and all of the last while. One that was too slow is tried again af
 objective to be kept all the same.
 """
 
-import itertools
 import math
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,8 +68,7 @@ class Chooser:
         self.keep_s = keep_s
         self.least = least
         self._seen: dict[str, dict[int, deque[tuple[float, float]]]] = {model: {} for model in models}
-        self._under_way: dict[tuple[str, int], dict[int, float]] = {}  # when each that is at work was begun
-        self._numbers = itertools.count()
+        self._under_way: defaultdict[tuple[str, int], list[float]] = defaultdict(list)  # when each was begun
         # Of as many requests one may be a try: half of those that the objective lets be late.
         self._spare = math.ceil(2 / (1 - objective.percentile / 100))
         self._asked = 0
@@ -84,7 +82,7 @@ class Chooser:
         self._asked += 1
         for model in self.models:
             keeps = self.keeps(model, load)
-            if keeps or (keeps is None and len(self._began(model, _like(load))) < self.least):
+            if keeps or (keeps is None and len(self._under_way[model, _like(load)]) < self.least):
                 return model
             if keeps is False and self._may_be_tried(model, load):
                 self._tried[model] = self._asked
@@ -98,15 +96,14 @@ class Chooser:
         One that is given up tells nothing, unless it had taken too long by then.
         """
         started = self.clock()
-        under_way = self._under_way.setdefault((model, _like(load)), {})
-        number = next(self._numbers)
-        under_way[number] = started
+        under_way = self._under_way[model, _like(load)]
+        under_way.append(started)
         given_up = True
         try:
             yield
             given_up = False
         finally:
-            del under_way[number]
+            under_way.remove(started)
             ms = (self.clock() - started) * 1000
             if not given_up or ms > self.objective.ms:
                 self.done(model, load, ms)
@@ -140,16 +137,12 @@ class Chooser:
         rested = self.clock() - newest[0] > self.keep_s
         return rested and self._asked - self._tried.get(model, -self._spare) >= self._spare
 
-    def _began(self, model: str, like: int) -> Collection[float]:
-        """When each request at work was begun, of a model at a load."""
-        return self._under_way.get((model, like), {}).values()
-
     def _percentile(self, model: str, like: int) -> float | None:
         """Of the latencies at a load that are not too old, or of the last few; None where they are too few."""
-        seen = self._seen[model].get(like, deque())
-        while len(seen) > self.least and seen[0][0] < self.clock() - self.keep_s:
+        seen, now = self._seen[model].get(like, deque()), self.clock()
+        while len(seen) > self.least and seen[0][0] < now - self.keep_s:
             seen.popleft()
-        late = sum((self.clock() - began) * 1000 > self.objective.ms for began in self._began(model, like))
+        late = sum((now - began) * 1000 > self.objective.ms for began in self._under_way[model, like])
         if len(seen) + late < self.least:
             return None
         ordered = [*sorted(ms for _, ms in seen), *[math.inf] * late]
