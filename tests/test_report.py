@@ -509,13 +509,45 @@ def test_what_the_benchmark_concludes_is_said_with_its_interval(tmp_path: Path) 
     bench = rundir.read_json("bench.json")
     clear = {"value": 1.31, "low": 1.22, "high": 1.4, "n": 5, "signature": "x", "over": "baseline", "verdict": "faster"}
     unclear = {**clear, "value": 1.02, "low": 0.9, "verdict": "unclear"}
-    bench |= {"metric": "tpot_ms", "ratios": {"healed-15": {"c1": clear, "r2.5": unclear}}}
+    bench |= {"metric": "tpot_ms", "ratios": {"healed-15": {"c1": clear, "c8": unclear}}}
     rundir.write_json("bench.json", bench)
     text = " ".join(tables(rundir).split())
     assert "Times as fast, by time per output token" in text
     assert "healed-15 over baseline 1 request at a time 1.31× (1.22× to 1.40×) faster" in text
-    assert "2.5 requests a second 1.02× (0.90× to 1.40×) unclear, for the noise" in text
+    assert "8 requests at a time 1.02× (0.90× to 1.40×) too noisy to tell" in text
     assert "and decodes 1.31× as fast" in headline(rundir), "the pairs' ratio"
+    text = Structure(page(rundir)).text
+    assert "healed-15 over baseline 1.31× 1.22× to 1.40× faster" in text
+    assert "1.02× 0.90× to 1.40× too noisy to tell" in text
+
+
+def test_the_headline_goes_by_the_metric_that_was_named(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    bench = rundir.read_json("bench.json")
+    made = {"value": 1.31, "low": 1.22, "high": 1.4, "n": 5, "signature": "x", "over": "baseline", "verdict": "faster"}
+    bench |= {"metric": "output_tokens_per_s", "ratios": {"healed-15": {"c1": made}}}
+    rundir.write_json("bench.json", bench)
+    assert "and is 1.31× as fast by output tokens per second." in headline(rundir)
+    assert "39.6 → 44.4 tokens/s" in Structure(page(rundir)).text
+    bench["ratios"]["healed-15"]["c1"] = {**made, "n": 2, "verdict": "unclear"}
+    rundir.write_json("bench.json", bench)
+    assert "1.31× as fast by output tokens per second (too few repeats to tell)" in headline(rundir)
+
+
+def test_a_run_of_batches_alone_has_a_headline_too(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    bench, content = rundir.read_json("bench.json"), rundir.read_json("results.json")
+    for model in content["models"]:
+        model.pop("speed", None)
+    rates = {
+        name: {"vllm-b16": {"output_tokens_per_s": interval(rate, 1, 5)}}
+        for name, rate in (("baseline", 100), ("healed-15", 125))
+    }
+    made = {"value": 1.25, "low": 1.2, "high": 1.3, "n": 5, "signature": "x", "over": "baseline", "verdict": "faster"}
+    ratios = {"healed-15": {"vllm-b16": {**made, "metric": "output_tokens_per_s"}}}
+    rundir.write_json("bench.json", bench | {"models": rates, "metric": "tpot_ms", "ratios": ratios})
+    rundir.write_json("results.json", content)
+    assert "and is 1.25× as fast by output tokens per second." in headline(rundir)
 
 
 def test_speed_is_held_against_another_unpruned_model_where_the_baseline_was_not_measured(tmp_path: Path) -> None:
@@ -565,7 +597,7 @@ def test_a_speed_too_close_to_call_is_not_called_a_gain(tmp_path: Path) -> None:
         if model["name"] == "healed-15":
             model["speed"] = speeds(1.01)
     rundir.write_json("results.json", content)
-    assert "decodes about as fast (1.01×, too close to tell)" in headline(rundir)
+    assert "decodes 1.01× as fast (too noisy to tell)" in headline(rundir)
 
 
 def test_several_test_sets_are_summed_up_by_their_range(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import shlex
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,7 +34,7 @@ from raylp.bench.batches import check_room
 from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal, work
 from raylp.bench.load import Answering, Load, Measurement, Timing, arrivals, measure
-from raylp.bench.meters import EnergyMeter, memory_by_mark
+from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.bench.stage import (
     LATENCIES,
     RATES,
@@ -42,12 +44,13 @@ from raylp.bench.stage import (
     measure_batches,
     measure_missing,
     plan_bench,
+    prompt_lengths,
     ratios,
     resources,
     schedule,
     summary,
 )
-from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
+from raylp.bench.stats import _percentiles_of, mean_of_repeats, percentiles, ratio, verdict
 from raylp.cluster import cores
 from raylp.context import Context, Splits
 from raylp.data.corpus import read_pairs
@@ -88,7 +91,8 @@ latencies = st.lists(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=20), min
 @given(latencies)
 @settings(max_examples=20)
 def test_percentiles_lie_in_their_intervals(repeats: list[list[float]]) -> None:
-    found = percentiles(repeats, "x")
+    requests = [[[value] for value in values] for values in repeats]
+    found = percentiles(requests, "x")
     pooled = [value for values in repeats for value in values]
     values = [found[name]["value"] for name in ("p50", "p90", "p99")]
     assert values == sorted(values)
@@ -97,15 +101,41 @@ def test_percentiles_lie_in_their_intervals(repeats: list[list[float]]) -> None:
         assert set(stat) == {"value", "low", "high", "n", "signature"}
         assert min(pooled) <= stat["low"] <= stat["value"] <= stat["high"] <= max(pooled) * (1 + 1e-9)
         assert stat["n"] == len(pooled)
-    assert percentiles(repeats, "x") == found, "no chance in it"
+    assert percentiles(requests, "x") == found, "no chance in it"
 
 
 def test_an_interval_knows_that_requests_of_a_repeat_are_alike() -> None:
     rng = np.random.default_rng(0)
-    alike = [list(rng.normal(level, 1, 20)) for level in (90, 100, 110)]
-    mixed = [list(values) for values in rng.permutation(np.concatenate(alike)).reshape(3, 20)]
-    wide, narrow = (percentiles(repeats, "x")["p50"] for repeats in (alike, mixed))
+    alike = np.stack([rng.normal(level, 1, 20) for level in (90, 100, 110)])
+    mixed = rng.permutation(alike.ravel()).reshape(3, 20)
+    wide, narrow = (percentiles(values[:, :, None].tolist(), "x")["p50"] for values in (alike, mixed))
     assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"]
+
+
+def test_an_interval_knows_that_waits_of_an_answer_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.normal(100, 10, (2, 20))
+    answers = levels[:, :, None] + rng.normal(0, 1, (2, 20, 30))
+    together, apart = (percentiles(v.tolist(), "x")["p50"] for v in (answers, answers.reshape(2, 600, 1)))
+    assert (together["value"], together["n"]) == (apart["value"], apart["n"])
+    assert together["high"] - together["low"] > 2 * (apart["high"] - apart["low"])
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(0, 3)), min_size=2))
+def test_percentiles_of_values_drawn_several_times(drawn: list[tuple[float, int]]) -> None:
+    values, times = (np.asarray(column) for column in zip(*sorted([*drawn, (0.0, 1)]), strict=True))
+    found = _percentiles_of(values, times, [50, 90, 99])
+    assert found == pytest.approx(np.percentile(np.repeat(values, times), [50, 90, 99]))
+
+
+def test_intervals_of_many_waits_need_little_memory() -> None:
+    """Two repeats of 500 answers with 255 waits: 255,000 numbers, and 1,000 resamples of them."""
+    answers = np.random.default_rng(0).normal(20, 1, (2, 500, 255)).tolist()
+    tracemalloc.start()
+    assert percentiles(answers, "x")["p50"]["value"] == pytest.approx(20, abs=0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 def test_mean_of_repeats() -> None:
@@ -139,26 +169,28 @@ def test_differences_are_found_where_they_are_and_not_where_they_are_not() -> No
 
 
 def test_a_latency_that_is_less_is_faster() -> None:
-    config = Bench(models=["a", "b"], concurrency=[1], rates=[2], repeats=2, metric="tpot_ms")
+    config = Bench(models=["a", "b"], concurrency=[1], rates=[2], repeats=5, metric="tpot_ms")
     slow, fast = ([Timing(1, ms, 1, 4)] for ms in (20.0, 10.0))
     found = {}
     for load in config.loads:
-        for r in range(2):
+        for r in range(5):
             found[Cell("a", load, r)], found[Cell("b", load, r)] = (Measurement(t, [], 1) for t in (slow, fast))
     made = ratios(["a", "b"], config, found)["b"]
     assert {name: (row["value"], row["verdict"]) for name, row in made.items()} == {
         "c1": (pytest.approx(2.0), "faster"),
         "r2": (pytest.approx(2.0), "faster"),
     }
+    few = config.model_copy(update={"repeats": 2})
+    assert {row["verdict"] for row in ratios(["a", "b"], few, found)["b"].values()} == {"unclear"}
 
 
 def test_what_comes_at_a_rate_is_compared_by_its_times() -> None:
     """Both give the tokens that were asked for a second; the quicker one's requests last half as long."""
-    config = Bench(models=["a", "b"], concurrency=[1], rates=[2], batches=[4], repeats=2)
+    config = Bench(models=["a", "b"], concurrency=[1], rates=[2], batches=[4], repeats=5)
     slow, fast = (Measurement([Timing(1, 5, ms, 8)] * 4, [], 2) for ms in (20.0, 10.0))
     found = {}
     for load in config.loads:
-        for r in range(2):
+        for r in range(5):
             found[Cell("a", load, r)], found[Cell("b", load, r)] = slow, fast
     by = {name: (row["metric"], row["verdict"]) for name, row in ratios(["a", "b"], config, found)["b"].items()}
     assert by["r2"] == ("e2e_ms", "faster")
@@ -167,10 +199,11 @@ def test_what_comes_at_a_rate_is_compared_by_its_times() -> None:
 
 def test_answers_in_one_piece_have_no_time_between_tokens() -> None:
     config = Bench(models=["a", "b"], concurrency=[1], repeats=2, metric="itl_ms", output_tokens=None)
-    at_once, failed = Measurement([Timing(1, 0, 2, 1)], [], 1), Measurement([], ["status 500"], 1)
+    at_once, failed = Measurement([Timing(1, None, 2, 1)], [], 1), Measurement([], ["status 500"], 1)
     found = {Cell(name, config.loads[0], r): (at_once, failed)[r] for name in "ab" for r in range(2)}
     table = summary(["a", "b"], config, found)["a"]["c1"]
-    assert "itl_ms" not in table and table["ttft_ms"]["p50"]["n"] == 1
+    assert not {"itl_ms", "tpot_ms"} & set(table) and table["ttft_ms"]["p50"]["n"] == 1
+    assert at_once.goodput({"tpot_ms": 1, "e2e_ms": 3}) == 1, "none that is too long"
     assert ratios(["a", "b"], config, found) == {}
     rows = {cell: {"joules": 3.0, "measurement": measurement.as_dict()} for cell, measurement in found.items()}
     assert "energy" not in resources(["a", "b"], config, rows)
@@ -201,14 +234,22 @@ def test_energy_is_counted_where_it_is_and_absent_where_not(tmp_path: Path) -> N
 
 
 def test_memory_is_that_of_the_processes_with_the_mark() -> None:
-    code = "import sys, time; held = bytearray(50_000_000); print('ready', flush=True); time.sleep(60)"
-    env = {**os.environ, "RAYLP_TEST_MARK": "here"}
-    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE) as process:
-        assert process.stdout and process.stdout.readline() == b"ready\n"
-        found = memory_by_mark("RAYLP_TEST_MARK", {"mine": "here", "other": "there"})
+    code = """
+    held = bytearray(200_000_000); del held; print("before")
+    input(); held = bytearray(90_000_000); del held; kept = bytearray(50_000_000); print("after")
+    input()"""
+    env = {**os.environ, "RAYLP_TEST_MARK": "here", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=env, **pipes) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == "before\n"
+        meter = MemoryMeter.of_mark("RAYLP_TEST_MARK", "here")
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "after\n"
+        found = meter.peak()
         process.kill()
-    assert set(found) == {"mine"}
-    assert found["mine"] > 50_000_000
+    assert found is not None and 90e6 < found < 140e6, "the peak since, and not the one before"
+    assert MemoryMeter.of_mark("RAYLP_TEST_MARK", "there").peak() is None
 
 
 # --- the clients, against a server that takes a known time ---
@@ -339,15 +380,23 @@ def test_ideal_speedup_of_a_known_model(toy_checkpoint: Path, tmp_path: Path) ->
     pruned = tmp_path / "pruned"
     save_checkpoint(load_model(toy_checkpoint), toy_checkpoint, pruned, {}, REMOVED)
     left = toy.TRUTH.num_layers - len(REMOVED)
-    found = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000": 1000}, 0, 2)
+    found = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000": 1000}, 0, 2, 1)
     expected = (toy.TRUTH.num_layers * layer + vocabulary) / (left * layer + vocabulary)
     assert found["pruned"]["speedup"]["c1"]["by_bytes"] == pytest.approx(expected)
     assert found["pruned"]["speedup"]["c1"]["by_operations"] == pytest.approx(expected)
     assert found["pruned"]["bytes"]["layers"] == left * layer * 2
-    assert found["whole"]["speedup"]["c1"] == {"by_bytes": 1.0, "by_operations": 1.0}
+    assert set(found["whole"]["speedup"]["c1"].values()) == {1.0}
+    # A prompt asks the vocabulary once, for its last token; the part that is known from others costs nothing.
+    long, short = (
+        ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1}, 0, 2, 1000, cached)["pruned"]["speedup"]["c1"]
+        for cached in (0, 999)
+    )
+    assert long["prompt_by_operations"] == pytest.approx(toy.TRUTH.num_layers / left, rel=1e-2)
+    assert 1 < expected < short["prompt_by_operations"] < long["prompt_by_operations"]
+    assert whole.prompt_multiply_adds(1, 0) == pytest.approx(whole.multiply_adds(1, 0.5))
 
     # With many sequences and long contexts, keys and values are what is read, and these are the layers' alone.
-    crowd = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000000": 10**6}, 1000, 2)["pruned"][
+    crowd = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000000": 10**6}, 1000, 2, 1)["pruned"][
         "speedup"
     ]
     assert crowd["c1"]["by_bytes"] < crowd[f"c{10**6}"]["by_bytes"]
@@ -555,11 +604,11 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
         measure_missing(context, plan, served)
         before = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
         assert len(before) == 2 * 3 * 2
-        lost = Cell("baseline", Load("closed", 3), 1)
+        lost, beside = (Cell(name, Load("closed", 3), 1) for name in ("baseline", PRUNED))
         context.rundir.remove(plan.file(lost))  # as after a kill
         measure_missing(context, plan, served)
         after = {cell: context.rundir.read_text(plan.file(cell)) for cell in plan.cells}
-        assert [cell for cell in after if after[cell] != before[cell]] == [lost]
+        assert {cell for cell in after if after[cell] != before[cell]} == {lost, beside}, "pairs are of one start"
         pool = ThreadPoolExecutor()
         last = [pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60) for _ in range(4)]
         while "raylp_requests_at_work 4.0" not in httpx.get(f"{url}/metrics", timeout=30).text:
@@ -639,14 +688,21 @@ def test_what_failed_is_measured_again(context: Context, tmp_path: Path) -> None
     fresh = replace(context, rundir=RunDir(str(tmp_path)))
     first, second, *_ = plan.cells
     good = Measurement([Timing(1, 1, 1, 4)], [], 1.0).as_dict()
-    fresh.rundir.write_json(plan.file(first), {"measurement": good})
-    fresh.rundir.write_json(plan.file(second), {"measurement": {**good, "errors": ["HTTP 429"]}})
-    assert plan.missing(fresh.rundir) == plan.cells[1:]
+    for start, errors, left in (("a", ["HTTP 429"], 0), ("b", [], 0), ("a", [], 2)):
+        fresh.rundir.write_json(plan.file(first), {"start": "a", "measurement": good})
+        fresh.rundir.write_json(plan.file(second), {"start": start, "measurement": {**good, "errors": errors}})
+        assert plan.missing(fresh.rundir) == plan.cells[left:], "none failed, and the two are of one start"
     found = {first: Measurement.from_dict(good), second: Measurement([], ["HTTP 429"] * 3, 1.0)}
     assert failures(found) == {second.model: {second.load.name: 3}}
     for errors, done in ((3, False), (0, True)):
         fresh.rundir.write_json("bench.json", {"errors": errors})
         assert outputs_there(fresh, "bench") is done, "the stage is not done while there are failures"
+
+
+def test_what_prompts_have_in_common() -> None:
+    prompts = [Request((1, 2, 3, tail), 8) for tail in (4, 5)] + [Request((1, 2, 7, 4, 5, 6), 8)]
+    assert prompt_lengths(prompts) == (14 / 3, 2)
+    assert prompt_lengths(prompts[:1] * 2) == (4, 3), "the last token is always read"
 
 
 def test_models_that_do_not_fit_together_are_refused() -> None:

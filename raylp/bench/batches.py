@@ -11,7 +11,7 @@ import psutil
 
 from raylp import cluster
 from raylp.bench.load import Load, Measurement
-from raylp.bench.meters import EnergyMeter
+from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.errors import UserError
 from raylp.generate.base import NEVER, Request
 from raylp.generate.pool import Worker
@@ -26,7 +26,7 @@ class BatchWorker(Worker):
     def start(self, path: str, backend: str, dtype: str, room: int) -> float:
         """Loads the model; the seconds that took."""
         started = time.perf_counter()
-        self.hold(path, backend, dtype, room=room)
+        self.hold(path, backend, dtype, room=room, at_once=self.batch_size)
         return time.perf_counter() - started
 
     def answer(self, requests: Sequence[Request], exactly: bool) -> tuple[float, int]:
@@ -43,13 +43,21 @@ class BatchWorker(Worker):
         finally:
             generator.rule = rule
 
-    def memory(self) -> dict[str, int]:
-        """Bytes now: `memory_bytes` that no other process shares (USS), and `gpu_bytes` set aside on a GPU."""
+    def watch_memory(self) -> None:
+        """What `memory` tells is from now on."""
         import torch
 
-        found = {"memory_bytes": psutil.Process().memory_full_info().uss}
+        self._memory = MemoryMeter([psutil.Process()])
         if torch.cuda.is_available():
-            found["gpu_bytes"] = torch.cuda.memory_reserved()
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory(self) -> dict[str, int | None]:
+        """The most bytes since `watch_memory`: `memory_bytes`, and `gpu_bytes` set aside on a GPU."""
+        import torch
+
+        found = {"memory_bytes": self._memory.peak()}
+        if torch.cuda.is_available():
+            found["gpu_bytes"] = torch.cuda.max_memory_reserved()
         return found
 
 
@@ -102,6 +110,7 @@ def measure_batch(
     import ray
 
     row: dict[str, Any] = {"time": time.time(), "load": os.getloadavg()[0]}
+    ray.get(worker.watch_memory.remote())
     meter, seconds, tokens, size = EnergyMeter.of(cluster.num_nodes(), on_gpus), 0.0, 0, int(load.value)
     for first in range(0, len(requests), size):
         part = list(requests[first : first + size])

@@ -11,14 +11,18 @@ from raylp.config import Section
 Metric = Literal["output_tokens_per_s", "requests_per_s", "ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"]
 
 
+ENOUGH_REPEATS = 5
+
+
 class Bench(Section):
     """Load on the endpoint: for each number in `concurrency`, so many clients that each send request after request; for
     each in `rates`, so many requests a second that come at random moments. For each in `batches`, so many sentences at
     once are given to an engine of each of `backends` itself.
 
     `models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), measured in turn, `repeats`
-    times; by default the baseline, the healed or else pruned model, and what either was quantised to. A measurement is
-    `requests` requests, or two for each client if that is more; before all, `warmup` go to each model.
+    times; by default the baseline, the healed or else pruned model, and what either was quantised to. Of fewer than
+    five repeats nothing is concluded. A measurement is `requests` requests, or two for each client if that is more;
+    before all, `warmup` go to each model, or to each engine for batches as many as the largest batch.
     `output_tokens`: of every answer; null: as many as the translation has.
     `metric`: by which models are compared, chosen before measuring; `goodput`: the most ms of `ttft_ms`, `tpot_ms`
     or `e2e_ms` for a request to count as good.

@@ -56,6 +56,19 @@ class Work:
         token = self.layers + share * self.experts + self.vocabulary + context * self.attention_per_token
         return concurrency * token
 
+    def prompt_multiply_adds(self, prompt: float, cached: float) -> float:
+        """Multiply-adds that read a prompt of so many tokens, the first `cached` of which are known from earlier ones.
+
+        Only the last token asks the vocabulary.
+        """
+        share = self.experts_used / self.num_experts if self.num_experts else 1.0
+        attended = (prompt**2 - cached**2) / 2
+        return (
+            (prompt - cached) * (self.layers + share * self.experts)
+            + attended * self.attention_per_token
+            + self.vocabulary
+        )
+
 
 def work(path: Path) -> Work:
     """What one token costs the model in `path`.
@@ -82,11 +95,20 @@ def work(path: Path) -> Work:
     )
 
 
-def ideal(models: dict[str, Path], loads: Mapping[str, int], context: float, bytes_per_number: int) -> dict[str, Any]:
+def ideal(
+    models: dict[str, Path],
+    loads: Mapping[str, int],
+    context: float,
+    bytes_per_number: int,
+    prompt: float,
+    cached: float = 0,
+) -> dict[str, Any]:
     """For each model: its parts in bytes and multiply-adds a token, and the best speed-up over the first one by load.
 
-    `loads`: by name, how many sequences are at work at a time; `context`: tokens before the one that is made, on
-    average. Sliding windows are not looked at.
+    `by_bytes` and `by_operations` are of a step that gives each sequence a token, `prompt_by_operations` of reading a
+    prompt. `loads`: by name, how many sequences are at work at a time; `context`: tokens before the one that is made,
+    on average; `prompt`: tokens of a prompt, of which the first `cached` are the same in all and read once. Sliding
+    windows are not looked at.
     """
     works = {name: work(path) for name, path in models.items()}
     first = next(iter(works.values()))
@@ -105,6 +127,8 @@ def ideal(models: dict[str, Path], loads: Mapping[str, int], context: float, byt
                     "by_bytes": first.bytes_read(at_once, context, bytes_per_number)
                     / own.bytes_read(at_once, context, bytes_per_number),
                     "by_operations": first.multiply_adds(at_once, context) / own.multiply_adds(at_once, context),
+                    "prompt_by_operations": first.prompt_multiply_adds(prompt, cached)
+                    / own.prompt_multiply_adds(prompt, cached),
                 }
                 for load, at_once in loads.items()
             },

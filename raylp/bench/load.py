@@ -57,20 +57,22 @@ class Answering:
 
 @dataclass(frozen=True)
 class Timing:
-    """One request. `ttft_ms`: to the first token; `tpot_ms`: between two tokens, on average; `e2e_ms`: to the last;
-    `itl_ms`: each wait between two parts of the stream; `tokens`: of the answer. All from when it was due.
+    """One request. `ttft_ms`: to the first token; `tpot_ms`: between two tokens, on average, None where all came at
+    once; `e2e_ms`: to the last; `itl_ms`: each wait between two parts of the stream; `tokens`: of the answer. All from
+    when it was due.
     """
 
     ttft_ms: float
-    tpot_ms: float
+    tpot_ms: float | None
     e2e_ms: float
     tokens: int
     itl_ms: tuple[float, ...] = ()
     input_tokens: int = 0
 
     def meets(self, objective: Mapping[Any, float]) -> bool:
-        """Whether each latency that is named is at most that many ms."""
-        return all(getattr(self, name) <= ms for name, ms in objective.items())
+        """Whether each latency that is named, as far as it has it, is at most that many ms."""
+        found = ((getattr(self, name), ms) for name, ms in objective.items())
+        return all(took is None or took <= ms for took, ms in found)
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class _Asker:
             raise ValueError(f"{tokens} tokens came, {wanted or 'at least one'} were asked for")
         return Timing(
             ttft_ms=(came[0] - due) * 1000,
-            tpot_ms=(came[-1] - came[0]) / max(1, tokens - 1) * 1000,
+            tpot_ms=(came[-1] - came[0]) / (tokens - 1) * 1000 if min(len(came), tokens) > 1 else None,
             e2e_ms=(came[-1] - due) * 1000,
             tokens=tokens,
             itl_ms=tuple(round((b - a) * 1000, 3) for a, b in pairwise(came)),

@@ -2,7 +2,8 @@
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +89,52 @@ def gpu_joules(visible: str | None = None) -> list[float] | None:
         return None
 
 
-def memory_by_mark(variable: str, marks: Mapping[str, str]) -> dict[str, int]:
-    """Bytes that only the processes hold whose environment has `variable` at a mark, by the mark's name (USS).
+class MemoryMeter:
+    """The most memory that processes held since it was made, of what no other process shares (USS).
 
-    A name none of whose processes runs here is left out.
+    Linux keeps the peak of a process's resident memory; how far it was above what is resident now is added to what is
+    the process's own now. Where the peak cannot be set back, or there is none, it is what is held now.
     """
-    names = {value: name for name, value in marks.items()}
-    found: dict[str, int] = {}
-    for process in psutil.process_iter():
-        try:
-            name = names.get(process.environ().get(variable, ""))
-            if name is not None:
-                found[name] = found.get(name, 0) + process.memory_full_info().uss
-        except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
-            continue
-    return found
+
+    def __init__(self, processes: Iterable[psutil.Process]) -> None:
+        self._processes = list(processes)
+        self._kept = {process.pid for process in self._processes if _forget_peak(process.pid)}
+
+    @classmethod
+    def of_mark(cls, variable: str, mark: str) -> "MemoryMeter":
+        """Of the processes here whose environment has `variable` at `mark`."""
+
+        def has_mark(process: psutil.Process) -> bool:
+            try:
+                return bool(process.environ().get(variable) == mark)
+            except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
+                return False
+
+        return cls(filter(has_mark, psutil.process_iter()))
+
+    def peak(self) -> int | None:
+        """Bytes, the processes' peaks added up; None where none of them runs here any more."""
+        found = []
+        for process in self._processes:
+            try:
+                above = _above_now(process.pid) if process.pid in self._kept else 0
+                found.append(process.memory_full_info().uss + above)
+            except (psutil.Error, OSError):
+                continue
+        return sum(found) if found else None
+
+
+def _forget_peak(pid: int) -> bool:
+    """Lets the peak of the process's resident memory begin anew (`man 5 proc_pid_clear_refs`); whether it does."""
+    try:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _above_now(pid: int) -> int:
+    """Bytes by which the peak of a process's resident memory exceeds what is resident now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    sizes = {name: int(size) for name, size in re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB", status, re.MULTILINE)}
+    return 1024 * max(0, sizes["VmHWM"] - sizes["VmRSS"])

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import psutil
 
 from raylp import cluster
 from raylp.bench.batches import check_room, measure_batch, resident
-from raylp.bench.config import Bench
+from raylp.bench.config import ENOUGH_REPEATS, Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import SEED, Answering, Load, Measurement, measure
-from raylp.bench.meters import EnergyMeter, memory_by_mark
+from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
 from raylp.errors import UserError
@@ -95,11 +96,25 @@ class Plan:
         return self.answering.exactly is not None
 
     def missing(self, rundir: RunDir) -> list[Cell]:
-        """What is not measured yet, or not without failures, in order."""
-        return [cell for cell in self.cells if not self._is_done(rundir, self.file(cell))]
+        """What is not measured yet, or not without failures, in order.
 
-    def _is_done(self, rundir: RunDir, file: str) -> bool:
-        return rundir.exists(file) and not rundir.read_json(file)["measurement"]["errors"]
+        Models are compared in pairs made side by side, so of one load and repeat all are measured at one start of the
+        engines, and again where one is missing.
+        """
+        found = {cell: self._read(rundir, cell) for cell in self.cells}
+        together: dict[tuple[Load, int], list[dict[str, Any] | None]] = {}
+        for cell, row in found.items():
+            together.setdefault((cell.load, cell.repeat), []).append(row)
+        done = {
+            key: all(row and not row["measurement"]["errors"] for row in rows)
+            and len({row["start"] for row in rows if row}) == 1
+            for key, rows in together.items()
+        }
+        return [cell for cell in self.cells if not done[cell.load, cell.repeat]]
+
+    def _read(self, rundir: RunDir, cell: Cell) -> dict[str, Any] | None:
+        file = self.file(cell)
+        return rundir.read_json(file) if rundir.exists(file) else None
 
 
 def bench(context: Context) -> dict[str, Any]:
@@ -119,25 +134,31 @@ def bench(context: Context) -> dict[str, Any]:
             measure_missing(context, plan, served)
     config, models = plan.config, plan.models
     found = {cell: context.rundir.read_json(plan.file(cell)) for cell in plan.cells}
-    (dtype, *others) = {row["dtype"] for row in found.values()}
-    assert not others, "places differ by what the data type depends on"
+    dtype, *others = sorted({row["dtype"] for row in found.values()})
+    if others:
+        raise UserError(
+            f"{context.rundir.url}/bench has measurements in {dtype} and in {', '.join(others)}, made with and without "
+            f"GPUs: set serve.dtype, or remove it to measure again"
+        )
     measured = {cell: Measurement.from_dict(row["measurement"]) for cell, row in found.items()}
     table = summary(list(models), config, measured)
     each = [m.tokens / (m.requests_per_s * m.seconds) for m in measured.values() if m.requests_per_s]
-    length = sum(len(prompt.tokens) for prompt in plan.prompts) / len(plan.prompts) + sum(each) / max(1, len(each)) / 2
     at_work = {load.name: int(load.value) for load in config.loads if load.kind != "open"}
+    prompt_tokens, shared = prompt_lengths(plan.prompts)
+    length = prompt_tokens + sum(each) / max(1, len(each)) / 2
     result = {
         "schema": 1,
         "models": table,
         "ratios": ratios(list(models), config, measured),
         "metric": config.metric,
         "sizes": {name: sizes(path) for name, path in models.items()},
-        "ideal": ideal(models, at_work, length, BYTES_PER_WEIGHT[dtype]),
+        "ideal": ideal(models, at_work, length, BYTES_PER_WEIGHT[dtype], prompt_tokens, shared),
         "goodput_within_ms": config.goodput,
         **resources(list(models), config, found),
         "machine": {**machine(), "dtype": dtype},
         "versions": versions(SERVING),
         "requests": config.requests,
+        "distinct_prompts": len({tuple(prompt.tokens) for prompt in plan.prompts}),
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
         "errors": sum(len(measurement.errors) for measurement in measured.values()),
@@ -219,14 +240,13 @@ def measure_missing(context: Context, plan: Plan, served: Endpoint) -> None:
             hand = plan.prompts[: config.num_requests(cell.load)]
             tell = partial(task.advance, 1, f"{cell.model}, {_told(cell.load)}")
             # Of one repeat, every model meets the same moments.
+            memory = MemoryMeter.of_mark(MARK, served.marks[cell.model])
             meter = EnergyMeter.of(cluster.num_nodes(), gpus > 0)
             found = measure(served.url, cell.model, hand, cell.load, plan.answering, tell, SEED + cell.repeat, key)
             about = {"start": start, "time": time.time(), "load": load, "dtype": dtype}
             about |= {"joules": meter.joules(), "energy_source": meter.source}
-            about["memory_bytes"] = memory_by_mark(MARK, served.marks).get(cell.model)
-            about["ready_s"] = served.ready_s.get(cell.model)
-            row = {**about, "measurement": found.as_dict()}
-            context.rundir.write_json(plan.file(cell), row)
+            about |= {"memory_bytes": memory.peak(), "ready_s": served.ready_s.get(cell.model)}
+            context.rundir.write_json(plan.file(cell), {**about, "measurement": found.as_dict()})
 
 
 def measure_batches(context: Context, plan: Plan) -> None:
@@ -263,7 +283,8 @@ def measure_batches(context: Context, plan: Plan) -> None:
                 for name, worker in workers.items():
                     task.advance(0, f"starting {name}, {backend}")
                     ready_s[name] = ray.get(worker.start.remote(str(models[name]), backend, dtype, length))
-                    ray.get(worker.answer.remote(plan.prompts[: config.warmup], plan.exactly))
+                    # As many rows as there will be: what an engine sets up for a size, it sets up now.
+                    ray.get(worker.answer.remote(warming(plan.prompts, max(most, config.warmup)), True))
                 for cell in own:
                     tell = partial(task.advance, note=f"{cell.model}, {_told(cell.load)}")
                     hand = plan.prompts[: config.num_requests(cell.load)]
@@ -299,7 +320,7 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, Measureme
             repeats = [found[Cell(model, load, r)] for r in range(config.repeats)]
             signature = _signature(config, load)
             timed = LATENCIES if load.kind != "batch" else ()
-            values = {key: [own for own in _each(repeats, key) if own] for key in timed}
+            values = {key: [own for repeat in repeats if (own := _each(repeat, key))] for key in timed}
             setting: dict[str, Any] = {key: percentiles(own, signature) for key, own in values.items() if own}
             for key in RATES:
                 setting[key] = mean_of_repeats([getattr(r, key) for r in repeats], signature)
@@ -314,7 +335,8 @@ def summary(models: Sequence[str], config: Bench, found: Mapping[Cell, Measureme
 def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measurement]) -> dict[str, Any]:
     """How many times as fast as the first model each other is, by `bench.metric`: {model: {setting: S and "verdict"}}.
 
-    Of each repeat, the medians of a latency are compared, or the rates; the two were measured one after the other.
+    Of each repeat, the medians of a latency are compared, or the rates; the two were measured in the same turn, by the
+    same start of the engines. Of few repeats nothing is concluded.
     """
     first, *others = models
     table: dict[str, Any] = {}
@@ -328,7 +350,8 @@ def ratios(models: Sequence[str], config: Bench, found: Mapping[Cell, Measuremen
             if min(*above, *below) <= 0:  # answers that came in one piece have no time between their tokens
                 continue
             made = ratio(above, below, f"{_signature(config, load)}|{metric}")
-            said = {"more": "faster", "less": "slower", "unclear": "unclear"}[verdict(made)]
+            found_so = verdict(made) if config.repeats >= ENOUGH_REPEATS else "unclear"
+            said = {"more": "faster", "less": "slower", "unclear": "unclear"}[found_so]
             table.setdefault(model, {})[load.name] = {**made, "over": first, "verdict": said, "metric": metric}
     return table
 
@@ -386,15 +409,16 @@ def _measured(config: Bench, found: Mapping[Cell, Any], *models: str) -> list[Lo
 
 def _figure(measurement: Measurement, metric: str) -> float:
     if metric in LATENCIES:
-        (each,) = _each([measurement], metric)
-        return float(np.median(each)) if each else 0.0
+        each = _each(measurement, metric)
+        return float(np.median(np.concatenate(each))) if each else 0.0
     return float(getattr(measurement, metric))
 
 
-def _each(repeats: Sequence[Measurement], key: str) -> list[list[float]]:
-    """The values of a latency in each repeat: one a request, or, of `itl_ms`, one for each part of an answer."""
-    values = [[np.atleast_1d(getattr(timing, key)).tolist() for timing in repeat.timings] for repeat in repeats]
-    return [[value for request in repeat for value in request] for repeat in values]
+def _each(measurement: Measurement, key: str) -> list[Sequence[float]]:
+    """The values of a latency in each request that has any: one, or, of `itl_ms`, one for each part of an answer."""
+    values = [getattr(timing, key) for timing in measurement.timings]
+    listed = [value if isinstance(value, tuple) else (value,) for value in values if value is not None]
+    return [own for own in listed if own]
 
 
 def _signature(config: Bench, load: Load) -> str:
@@ -430,6 +454,19 @@ def sentences_that_fit(context: Context, count: int, exactly: int | None) -> lis
             f"(serve.max_model_len, or the model's own limit) with bench.output_tokens: {exactly}"
         )
     return [fitting[i % len(fitting)] for i in range(count)]
+
+
+def prompt_lengths(prompts: Sequence[Request]) -> tuple[float, int]:
+    """Tokens of a prompt, on average, and of the beginning that all have in common, less than a whole one."""
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    columns = zip(*(prompt.tokens for prompt in prompts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return sum(lengths) / len(lengths), min(shared, min(lengths) - 1)
+
+
+def warming(prompts: Sequence[Request], count: int) -> list[Request]:
+    """So many requests for two tokens each."""
+    return [Request(prompts[i % len(prompts)].tokens, 2) for i in range(count)]
 
 
 def _place(context: Context, name: str, path: Path, prompts: Sequence[Request]) -> str:

@@ -14,17 +14,23 @@ SEED = 12345
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def percentiles(repeats: Sequence[Sequence[float]], signature: str) -> dict[str, dict[str, Any]]:
-    """p50, p90 and p99 of all requests, each as {"value", "low", "high", "n", "signature"}.
+def percentiles(repeats: Sequence[Sequence[Sequence[float]]], signature: str) -> dict[str, dict[str, Any]]:
+    """p50, p90 and p99 of all values, each as {"value", "low", "high", "n", "signature"}.
 
-    `repeats`: the values of each repeat. The interval is a bootstrap's in two steps, repeats and then requests within
-    them, since requests of one repeat share the machine's mood (Davison and Hinkley 1997, section 3.8). A p99 of fewer
-    than 100 requests is little more than their maximum; `n` says how many there were.
+    `repeats`: of each repeat its requests, of each request its values: one, or of the waits within an answer many. The
+    interval is a bootstrap's in two steps, repeats and then requests within them, since requests of one repeat share
+    the machine's mood, and waits of one answer are alike (Davison and Hinkley 1997, section 3.8). A p99 of fewer than
+    100 values is little more than their maximum; `n` says how many there were.
     """
-    pooled = np.concatenate([np.asarray(values, dtype=float) for values in repeats])
-    wanted = list(PERCENTILES.values())
-    draws = np.percentile(_resamples(pooled, [len(values) for values in repeats]), wanted, axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5], axis=1)
+    requests = [np.asarray(request, dtype=float) for repeat in repeats for request in repeat]
+    pooled = np.concatenate(requests)
+    # Sorted once; a resample is then each value so many times as its request was drawn.
+    order = np.argsort(pooled)
+    ranked, owner = pooled[order], np.repeat(np.arange(len(requests)), [len(request) for request in requests])[order]
+    wanted, rng = list(PERCENTILES.values()), np.random.default_rng(SEED)
+    sizes = np.asarray([len(repeat) for repeat in repeats])
+    draws = [_percentiles_of(ranked, _times_drawn(sizes, rng)[owner], wanted) for _ in range(RESAMPLES)]
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     values = np.percentile(pooled, wanted)
     said = f"{signature}|bs:{RESAMPLES}|seed:{SEED}"
     return {
@@ -47,14 +53,20 @@ def mean_of_repeats(values: Sequence[float], signature: str) -> dict[str, Any]:
     return {"value": mean, "low": max(0.0, mean - half), "high": mean + half, "n": n, "signature": f"{signature}|t"}
 
 
-def _resamples(pooled: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """(resamples, values): as many repeats as there are, drawn anew, in each as many requests as the longest has."""
-    rng = np.random.default_rng(SEED)
-    sizes = np.asarray(lengths)
+def _times_drawn(sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each request is drawn, (requests,): as many repeats as there are, and in each as many as it has."""
     starts = np.cumsum(sizes) - sizes
-    chosen = rng.integers(len(sizes), size=(RESAMPLES, len(sizes), 1))
-    within = (rng.random((RESAMPLES, len(sizes), sizes.max())) * sizes[chosen]).astype(int)
-    return pooled[starts[chosen] + within].reshape(RESAMPLES, -1)
+    chosen = rng.integers(len(sizes), size=len(sizes))
+    drawn = [starts[repeat] + rng.integers(sizes[repeat], size=sizes[repeat]) for repeat in chosen]
+    return np.bincount(np.concatenate(drawn), minlength=int(sizes.sum()))
+
+
+def _percentiles_of(ranked: np.ndarray, times: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
+    """Percentiles of sorted values, each so many times there; interpolated as `np.percentile` does."""
+    ends = np.cumsum(times)
+    places = np.asarray(wanted) / 100 * (ends[-1] - 1)
+    below, above = (ranked[np.searchsorted(ends, at, side="right")] for at in (np.floor(places), np.ceil(places)))
+    return below + (places % 1) * (above - below)
 
 
 def ratio(above: Sequence[float], below: Sequence[float], signature: str) -> dict[str, Any]:

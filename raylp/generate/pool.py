@@ -38,10 +38,12 @@ def make_generator(
     skippable: bool = False,
     gpus: float = 1.0,
     room: int = 0,
+    at_once: int | None = None,
 ) -> Generator:
     """The model in `path`, resident in this process, which may use `gpus` GPUs or that share of one.
 
-    `room`: tokens that a prompt and its translation may have together, where an engine sets them aside.
+    `room`: tokens that a prompt and its translation may have together, where an engine sets them aside. Rows that are
+    computed at a time at most: `batch_size` in transformers, `at_once` in vLLM.
 
     Raises:
         UserError: the backend cannot load the model, or not onto several GPUs.
@@ -54,7 +56,7 @@ def make_generator(
             raise UserError(f"model {path}: an engine of vLLM in a worker has one GPU: use backend transformers")
         share = GPU_MEMORY * (gpus or 1.0)
         length = max(VLLM_LENGTH, room)
-        return VLLMGenerator(path, dtype, newline, length, skippable, gpu_memory_utilization=share)
+        return VLLMGenerator(path, dtype, newline, length, skippable, share, at_once)
     import torch
 
     from raylp.generate.transformers_view import TransformersGenerator
@@ -117,14 +119,16 @@ class Worker:
         outputs = generator.generate_together(asked)
         return outputs, time.perf_counter() - started
 
-    def hold(self, path: str, backend: str, dtype: str, skippable: bool = False, room: int = 0) -> Generator:
+    def hold(
+        self, path: str, backend: str, dtype: str, skippable: bool = False, room: int = 0, at_once: int | None = None
+    ) -> Generator:
         """The model, resident from now on; another one is let go, and one with too little `room`."""
         wanted = (path, backend, dtype, skippable)
         small = backend == "vllm" and room > max(self.room, VLLM_LENGTH)
         if self.loaded != wanted or self.generator is None or small:
             self._unload()
             self.generator = make_generator(
-                Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus, room
+                Path(path), backend, dtype, self.newline, self.batch_size, skippable, self.gpus, room, at_once
             )
             self.loaded, self.room = wanted, room
         return self.generator

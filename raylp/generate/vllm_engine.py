@@ -33,7 +33,8 @@ class VLLMGenerator:
     `path`: a checkpoint; `dtype`: `float32`, `bfloat16` or `float16`; `newline`: whether a newline ends a translation.
     `max_model_len`: the most tokens of a prompt and its translation together, lowered to what the model can.
     `skippable`: whether `generate` may be given layers to leave out. Such an engine is not compiled, so it is slower.
-    `gpu_memory_utilization`: share of a GPU's memory to take; for a CPU see `kv_cache_bytes`.
+    `gpu_memory_utilization`: share of a GPU's memory to take; for a CPU see `kv_cache_bytes`. `at_once`: the most
+    requests that it computes at a time (default: vLLM's own on a GPU, `CPU_SEQUENCES` on a CPU).
 
     Raises:
         UserError: vLLM cannot load the model, or cannot skip its layers.
@@ -49,6 +50,7 @@ class VLLMGenerator:
         max_model_len: int = VLLM_LENGTH,
         skippable: bool = False,
         gpu_memory_utilization: float = GPU_MEMORY,
+        at_once: int | None = None,
     ) -> None:
         import torch
 
@@ -69,7 +71,9 @@ class VLLMGenerator:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             request_amx()
-            options |= cpu_options(path, dtype, self.max_model_len, CPU_SEQUENCES)
+            options |= cpu_options(path, dtype, self.max_model_len, at_once or CPU_SEQUENCES)
+        elif at_once is not None:
+            options["max_num_seqs"] = at_once
         with _in_this_process():
             from vllm import LLM
 

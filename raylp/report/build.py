@@ -19,6 +19,7 @@ from raylp.report.contents import (
     Plan,
     Stat,
     Translation,
+    arrival_rate,
     batch_size,
     concurrency,
     engine,
@@ -26,7 +27,7 @@ from raylp.report.contents import (
     read_contents,
     read_stat,
 )
-from raylp.report.facts import Facts
+from raylp.report.facts import Facts, Gain
 from raylp.report.search_words import measure_value, objective_digits, objective_label, search_facts
 from raylp.report.tables import print_tables
 from raylp.rundir import RunDir
@@ -36,6 +37,14 @@ PAGE = "report/index.html"
 SENTENCES_SHOWN = 12
 SENTENCES_AT_MOST = 300
 PLOTS_SHOWN = 6
+UNITS = {
+    "tpot_ms": "ms per token",
+    "ttft_ms": "ms to the first token",
+    "itl_ms": "ms between tokens",
+    "e2e_ms": "ms for a request",
+    "output_tokens_per_s": "tokens/s",
+    "requests_per_s": "requests/s",
+}
 
 
 def report(rundir: RunDir, out: TextIO | None) -> str:
@@ -101,6 +110,8 @@ def render_page(contents: Contents) -> str:
         failed_where=failed_where(contents),
         measured_how=derive.measured_how(contents),
         taken=derive.taken(contents),
+        compared=derive.compared(contents),
+        compared_by=derive.METRICS.get(str(contents.bench.get("metric")), "speed"),
         plots_shown=PLOTS_SHOWN,
     )
 
@@ -145,9 +156,10 @@ def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
     gain = derive.main_gain(contents, facts.gains, cut.name) if cut else None
     if gain:
         best = derive.ideal(contents, gain)
-        note = f"{numbers.milliseconds(gain.was)} → {numbers.milliseconds(gain.now)} ms per token"
+        note = f"{numbers.significant(gain.was.value)} → {numbers.significant(gain.now.value)} {UNITS[gain.measure]}"
         note += f", {numbers.setting(gain.setting)}" + (f"; ideal {numbers.times(best)}" if best else "")
-        found.append(_tile("Decoding speed", numbers.times(gain.ratio.value), note))
+        note += f"; {gain.doubt}" if gain.doubt else ""
+        found.append(_tile("Speed", numbers.times(gain.ratio.value), note))
     spent = sum(seconds_by_stage(contents).values())
     if spent:
         busy = sum(float(stage.get("gpu_seconds") or 0) for stage in stage_entries(contents).values())
@@ -186,7 +198,7 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
         main = derive.main_metric(contents)
         by_importance = sorted(places(contents), key=lambda place: place[1] != main)
         drawn["quality"] = [plots.plot_quality(deep, *place) for place in by_importance]
-    gains = [gain for gain in facts.gains if gain.measure != "e2e_ms"]
+    gains = [gain for gain in facts.gains if is_telling(gain)]
     # A model as large as the reference has nothing to gain: its mark would only stand on the line at 1.
     marks = {
         (gain.setting, gain.model, gain.measure): best
@@ -202,10 +214,10 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     drawn["tradeoffs"] = tradeoffs(contents)
     loads = {setting: clients for setting in contents.settings if (clients := concurrency(setting))}
     if len(loads) > 1:
-        drawn["loads"] = [
-            plots.plot_loads(contents.models, loads, "latency"),
-            plots.plot_loads(contents.models, loads, "throughput"),
-        ]
+        drawn["loads"] = [plots.plot_loads(contents.models, loads, kind) for kind in ("latency", "throughput")]
+    rates = {setting: rate for setting in contents.settings if (rate := arrival_rate(setting))}
+    if len(rates) > 1:
+        drawn["loads"].append(plots.plot_loads(contents.models, rates, "rate"))
     if contents.heal:
         drawn["heal"] = [plots.plot_heal(contents.heal)]
         course = plots.plot_course(contents.heal)
@@ -214,6 +226,12 @@ def drawings(contents: Contents, facts: Facts) -> dict[str, list[Markup]]:
     if len(seconds) > 1:
         drawn["seconds"] = [plots.plot_seconds(seconds)]
     return {section: [Markup(svg) for svg in svgs] for section, svgs in drawn.items()}
+
+
+def is_telling(gain: Gain) -> bool:
+    """Whether a measure tells models apart under its load: what comes at a rate is answered at that rate."""
+    whole = "e2e_ms" if arrival_rate(gain.setting) is not None else "output_tokens_per_s"
+    return gain.measure in ("tpot_ms", "ttft_ms", whole)
 
 
 def tradeoffs(contents: Contents) -> list[str]:

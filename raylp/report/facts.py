@@ -22,7 +22,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast as `reference` a model is: above 1 is faster, for latencies as for throughput."""
+    """How many times as fast as `reference` a model is: above 1 is faster, for latencies as for throughput.
+
+    `doubt`: why that need not be so, in words.
+    """
 
     model: str
     reference: str
@@ -31,6 +34,19 @@ class Gain:
     ratio: Stat
     was: Stat
     now: Stat
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the benchmark concludes of a model under a load. `by`: in words, where it is not the metric it was told."""
+
+    model: str
+    over: str
+    setting: str
+    by: str
+    ratio: Stat
+    said: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,9 @@ SPEED_MEASURES = {
     "e2e_ms": "whole request",
     "output_tokens_per_s": "output tokens per second",
 }
+# What a benchmark may conclude by.
+METRICS = {**SPEED_MEASURES, "itl_ms": "time between tokens", "requests_per_s": "requests per second"}
+NOISY = "too noisy to tell"
 
 
 def find_facts(contents: Contents) -> Facts:
@@ -129,17 +148,41 @@ def find_gains(contents: Contents) -> list[Gain]:
         return []
     gains = []
     for setting in contents.settings:
-        for measure in SPEED_MEASURES:
+        for measure in METRICS:
             was = reference.measure(setting, measure)
             for model in contents.models:
                 now = model.measure(setting, measure)
                 if model.name == reference.name or was is None or now is None or min(was.value, now.value) <= 0:
                     continue
-                ratio = paired_ratio(contents, model.name, reference.name, setting, measure) or (
-                    _ratio(now, was) if measure == "output_tokens_per_s" else _ratio(was, now)
-                )
-                gains.append(Gain(model.name, reference.name, setting, measure, ratio, was, now))
+                paired = paired_ratio(contents, model.name, reference.name, setting, measure)
+                ratio = paired or (_ratio(now, was) if measure.endswith("_per_s") else _ratio(was, now))
+                found = mapping(_dig(contents.bench, "ratios", model.name, setting)) if paired else {}
+                doubt = _doubt(ratio, str(found.get("verdict") or ""))
+                gains.append(Gain(model.name, reference.name, setting, measure, ratio, was, now, doubt))
     return gains
+
+
+def compared(contents: Contents) -> list[Compared]:
+    """What the benchmark concludes, by the one metric it was told to conclude by, in the order of its loads."""
+    told = contents.bench.get("metric")
+    found = []
+    for setting in contents.settings:
+        for model, settings in mapping(contents.bench.get("ratios")).items():
+            entry = mapping(settings.get(setting))
+            stat = read_stat(entry)
+            if stat is not None:
+                by = entry.get("metric", told)
+                said = _doubt(stat, entry["verdict"]) or entry["verdict"]
+                words = METRICS.get(str(by), "") if by != told else ""
+                found.append(Compared(model, entry["over"], setting, words, stat, said))
+    return found
+
+
+def _doubt(ratio: Stat, verdict: str) -> str:
+    """Why a ratio shows nothing: it may as well be 1, or it is of few repeats and the benchmark's verdict is open."""
+    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
+        return NOISY
+    return "too few repeats to tell" if verdict == "unclear" else ""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -174,7 +217,7 @@ def _ratio(above: Stat, below: Stat) -> Stat:
 
 def ideal(contents: Contents, gain: Gain) -> float | None:
     """The most that fewer bytes (decoding reads every weight) or operations (reading the prompt) can give."""
-    bound = "by_operations" if gain.measure == "ttft_ms" else "by_bytes"
+    bound = "prompt_by_operations" if gain.measure == "ttft_ms" else "by_bytes"
     ideals = [
         _dig(contents.bench, "ideal", name, "speedup", gain.setting, bound) for name in (gain.model, gain.reference)
     ]
@@ -198,6 +241,8 @@ def measured_how(contents: Contents) -> str:
     said += ", the models in turn"
     if not bench:
         return said + "."
+    if prompts := bench.get("distinct_prompts"):
+        said += f", with {numbers.anything(prompts)} different prompts"
     if tokens:
         return said + f"; every answer has {numbers.anything(tokens)} tokens, the same for every model."
     return said + "; an answer has as many tokens as the model gives it, so models that say less are done sooner."
@@ -292,8 +337,14 @@ def main_kept(contents: Contents, kept: Iterable[Kept]) -> list[Kept]:
 
 
 def main_gain(contents: Contents, gains: Iterable[Gain], model: str) -> Gain | None:
-    """Decoding at the lightest load."""
-    return next((gain for gain in gains if gain.model == model and gain.measure == "tpot_ms"), None)
+    """At the lightest load, by what the benchmark was told to conclude by; where nothing is said, by decoding."""
+    own = [gain for gain in gains if gain.model == model]
+
+    def is_concluded_by(gain: Gain) -> bool:
+        found = mapping(_dig(contents.bench, "ratios", model, gain.setting))
+        return gain.measure == (found.get("metric") or contents.bench.get("metric") or "tpot_ms")
+
+    return next(filter(is_concluded_by, own), None) or next(iter(own), None)
 
 
 def friendly_metric(metric: str) -> str:
@@ -328,7 +379,6 @@ def _quality_words(contents: Contents, cut: Model, reference: Model, kept: list[
 
 
 def _speed_words(gain: Gain, joined: bool) -> str:
-    ratio = gain.ratio
-    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
-        return f"decodes about as fast ({numbers.times(ratio.value)}, too close to tell)"
-    return f"decodes {numbers.times(ratio.value)} as fast" + ("" if joined else " as the baseline")
+    verb, by = ("decodes", "") if gain.measure == "tpot_ms" else ("is", f" by {METRICS[gain.measure]}")
+    said = f"{verb} {numbers.times(gain.ratio.value)} as fast" + ("" if joined else " as the baseline") + by
+    return said + (f" ({gain.doubt})" if gain.doubt else "")

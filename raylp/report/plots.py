@@ -373,11 +373,20 @@ def plot_tradeoff(models: Sequence[tuple[Model, float, Stat]], metric: str, what
         return _svg(figure, slug, f"{metric} against {what}")
 
 
-def plot_loads(models: Sequence[Model], loads: Mapping[str, float], kind: Literal["latency", "throughput"]) -> str:
-    """`latency`: the median time of a request over the clients at a time; `throughput`: tokens a second over that time.
+def plot_loads(
+    models: Sequence[Model], loads: Mapping[str, float], kind: Literal["latency", "rate", "throughput"]
+) -> str:
+    """The median time of a request over the clients at a time (`latency`) or the requests a second (`rate`);
+    `throughput`: tokens a second over that time.
 
-    `loads`: clients by setting. Each model is a line.
+    `loads`: clients or requests a second, by setting. Each model is a line.
     """
+    names = {
+        "latency": ("requests at a time", "Latency against load"),
+        "rate": ("requests a second", "Latency against rate"),
+        "throughput": ("time of a request, median, ms", "Throughput against latency"),
+    }
+    what, title = names[kind]
     with _axes(3.0) as (figure, axes):
         shown = [model for model in models if any(setting in model.speed for setting in loads)]
         for model in shown:
@@ -386,18 +395,18 @@ def plot_loads(models: Sequence[Model], loads: Mapping[str, float], kind: Litera
             for setting, clients in loads.items():
                 took, made = model.measure(setting, "e2e_ms"), model.measure(setting, "output_tokens_per_s")
                 if took is not None and made is not None:
-                    points.append((clients, took) if kind == "latency" else (took.value, made))
+                    points.append((took.value, made) if kind == "throughput" else (clients, took))
                     _whisker(axes, points[-1][1], points[-1][0], color, vertical=True)
             places, stats = zip(*points, strict=True)
             axes.plot(places, [s.value for s in stats], marker, color=color, linestyle="-", label=model.name, zorder=3)
         axes.set_ylim(bottom=0)
-        if kind == "latency":
+        if kind != "throughput":
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(loads.values()))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("requests at a time" if kind == "latency" else "time of a request, median, ms")
-        axes.set_ylabel("time of a request, median, ms" if kind == "latency" else "tokens a second")
-        _title(axes, "Latency against load" if kind == "latency" else "Throughput against latency", len(shown))
+        axes.set_xlabel(what)
+        axes.set_ylabel("tokens a second" if kind == "throughput" else "time of a request, median, ms")
+        _title(axes, title, len(shown))
         return _svg(figure, f"loads-{kind}", f"{kind} under load")
 
 

@@ -6,15 +6,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, read_contents, read_stat
-from raylp.report.facts import SPEED_MEASURES, find_facts, taken
+from raylp.report.contents import Contents, Model, read_contents
+from raylp.report.facts import METRICS, compared, find_facts, taken
 from raylp.report.search_words import objective_digits, objective_label, search_lines
 from raylp.rundir import RunDir
 
 # As many columns of scores as fit beside name, layers, parameters and size in 80 characters.
 MAX_SCORE_COLUMNS = 2
-# What a benchmark may conclude by.
-METRICS = {**SPEED_MEASURES, "itl_ms": "time between tokens", "requests_per_s": "requests per second"}
 
 
 def print_tables(rundir: RunDir, console: Console) -> None:
@@ -101,16 +99,11 @@ def ratio_table(contents: Contents) -> Table:
     table.add_column("load")
     table.add_column("ratio", justify="right", no_wrap=True)
     table.add_column("so it is", no_wrap=True)
-    for model, settings in (contents.bench.get("ratios") or {}).items():
-        for setting, found in settings.items():
-            stat = read_stat(found)
-            if stat is not None:
-                ratio = f"{numbers.times(stat.value)} ({numbers.times(stat.low)} to {numbers.times(stat.high)})"
-                said = found["verdict"] if found["verdict"] != "unclear" else "unclear, for the noise"
-                over = f"{escape(model)} over {escape(found['over'])}"
-                by = METRICS.get(str(found.get("metric")), metric)
-                load = numbers.setting(setting) + (f", by {by}" if by != metric else "")
-                table.add_row(over, escape(load), ratio, said)
+    for found in compared(contents):
+        stat = found.ratio
+        ratio = f"{numbers.times(stat.value)} ({numbers.times(stat.low)} to {numbers.times(stat.high)})"
+        load = numbers.setting(found.setting) + (f", by {found.by}" if found.by else "")
+        table.add_row(escape(f"{found.model} over {found.over}"), escape(load), ratio, found.said)
     return table
 
 
