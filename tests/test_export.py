@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 from raylp.cli import app
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.export.card import facts_of, line_of, model_card
+from raylp.export.card import facts_of, is_directory, line_of, model_card, shareable
 from raylp.export.export import choose, export
-from raylp.export.wmt26 import NEEDED, portable_recipe, spellings
+from raylp.export.portable import Portable
+from raylp.export.wmt26 import NEEDED, spellings, write_submission
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import CARD
 from raylp.models.source import licence as read_licence
@@ -204,7 +205,7 @@ def is_installed(name: str) -> bool:
 
 
 def test_the_recipe_of_a_submission_is_whole_and_names_no_place_of_this_machine(finished: RunDir) -> None:
-    text = portable_recipe(finished.read_text("recipe.yaml"))
+    text = Portable().recipe(finished.read_text("recipe.yaml"))
     content = yaml.safe_load(text)
     assert content["data"]["xx-yy"]["test"] == "data/xx-yy/test/test.jsonl"
     assert content["run_dir"] == "run"
@@ -289,19 +290,96 @@ def test_no_place_of_this_machine_is_in_a_portable_recipe() -> None:
         "model": {"name": f"{here}/adapted"},
         "data": {"a:en-de": {"train": [f"{here}/train/t.en", f"{here}/train/t.de"], "mono": f"{here}/mono.txt"}},
         "search": {"layers": 3, "objective": {f"{here}/comet": 1.0}},
-        "distill": {"teacher": f"{here}/big", "filters": {"comet": f"{here}/kiwi"}},
+        "distill": {
+            "teacher": f"{here}/big",
+            "filters": {"comet": f"{here}/kiwi", "embedding_model": f"{here}/labse"},
+        },
         "evaluate": {"metrics": [f"{here}/comet"]},
         "serve": {"api_keys": f"{here}/keys"},
         "resources": {"address": "ray://10.0.0.7:10001"},
         "cache": f"{here}/cache",
         "run_dir": f"{here}/run",
     }
-    text = portable_recipe(yaml.safe_dump(recipe))
+    portable = Portable()
+    text = portable.recipe(yaml.safe_dump(recipe))
     assert "someone" not in text and "10.0.0.7" not in text
     content = yaml.safe_load(text)
     assert content["model"]["name"] == "base"
     assert content["data"]["a:en-de"]["train"] == ["data/a-en-de/train/t.en", "data/a-en-de/train/t.de"]
     assert content["distill"]["teacher"] == "teacher"
+    assert portable.needed == {
+        "base": "the model adapted it was cut from",
+        "comet/comet": "the COMET checkpoint comet",
+        "comet/kiwi": "the COMET checkpoint kiwi",
+        "embedding/labse": "the embedding model labse",
+        "teacher": "the teacher big",
+    }
+
+
+def test_files_of_one_name_have_places_of_their_own() -> None:
+    recipe = {
+        "model": {"name": "owner/base"},
+        "data": {
+            "a:en-de": {"train": ["/one/t.txt", "/two/t.txt"], "dev": ["/one/t.txt", "/one/t.txt"]},
+            "a-en-de": {"pair": "en-de", "train": "/three/t.txt"},
+        },
+        "search": {"layers": 3, "objective": {"/one/comet": 1.0, "/two/comet": 1.0, "likelihood": 1.0}},
+        "evaluate": {"metrics": ["/two/comet/checkpoints/model.ckpt", "BLEU", "Unbabel/wmt22-comet-da"]},
+    }
+    portable, text = Portable(), yaml.safe_dump(recipe, sort_keys=False)
+    content = yaml.safe_load(portable.recipe(text))
+    first, second = content["data"].values()
+    assert first["train"] == ["data/a-en-de/train/t.txt", "data/a-en-de/train/t-2.txt"]
+    assert first["dev"] == ["data/a-en-de/dev/t.txt"] * 2
+    assert second["train"] == "data/a-en-de/train/t-3.txt"
+    assert list(content["search"]["objective"]) == ["./comet/comet", "./comet/comet-2", "likelihood"]
+    assert content["evaluate"]["metrics"][0] == "./comet/comet-2/checkpoints/model.ckpt"
+    assert content["evaluate"]["metrics"][1:] == recipe["evaluate"]["metrics"][1:]
+    assert portable.plan({"objective": {"/two/comet": 1.0}}) == {"objective": {"./comet/comet-2": 1.0}}
+    assert content == yaml.safe_load(Portable().recipe(text))
+    assert parse_recipe(content, "portable", Path("/there"))
+
+
+def test_a_text_is_no_path_however_it_begins() -> None:
+    templates = ("/{source_language}/ {source}\n/{target_language}/", "~ {source} =", "a/b/{source}")
+    for template in templates:
+        recipe = {"model": {"name": "owner/base"}, "data": {}, "prompt": {"template": template}}
+        content = yaml.safe_load(Portable().recipe(yaml.safe_dump(recipe)))
+        assert content["prompt"]["template"] == template
+    plan = {"model": "m", "stopped": "/ is what it says", "rounds": [{"note": "~x"}]}
+    assert Portable().plan(plan) == plan
+
+
+def test_the_name_of_a_served_teacher_is_the_servers() -> None:
+    distill = {"teacher": "/models/big", "endpoint": "http://127.0.0.1:8000/v1"}
+    recipe = {"model": {"name": "owner/base"}, "data": {}, "distill": distill}
+    portable = Portable()
+    assert yaml.safe_load(portable.recipe(yaml.safe_dump(recipe)))["distill"] == distill
+    assert portable.needed == {}
+
+
+def test_a_model_is_named_by_its_directory_or_as_others_name_it(tmp_path: Path) -> None:
+    for name in ("owner/name", "package:name"):
+        assert not is_directory(name) and shareable(name) == name
+    for name in (str(tmp_path), "adapted", "./adapted", ".cache/adapted", "~/models/adapted", "runs/demo/adapted"):
+        assert is_directory(name) and shareable(name) == Path(name).name
+
+
+def test_the_readme_of_a_submission_names_what_is_there(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    for searched in (True, False):
+        if not searched:
+            rundir.remove("plan.json")
+        target = tmp_path / f"system-{searched}"
+        (target / "workdir" / "model").mkdir(parents=True)
+        write_submission(rundir, facts_of(rundir, "healed-15"), target)
+        text = (target / "README.md").read_text()
+        named = {name for name in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)}
+        files = {name for names in named for name in re.findall(r"`(.+?)`", names)}
+        assert all((target / name).exists() for name in files)
+        assert ("workdir/plan.json" in files) == searched
+    pinned = {Requirement(line).name for line in (target / "requirements.txt").read_text().splitlines()}
+    assert pinned == set(NEEDED) - {"torch"} and "what these need in turn is left to pip" in text
 
 
 def test_pairs_have_the_tasks_spellings() -> None:

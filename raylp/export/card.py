@@ -12,7 +12,7 @@ from raylp.data.languages import language_name, pair_of, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import quantised_facts, read_card
 from raylp.models.load import max_positions, read_generation_config
-from raylp.models.source import licence
+from raylp.models.source import PACKAGE_PREFIX, licence
 from raylp.names import kind_of, whole_of
 from raylp.quantize.schemes import SCHEMES, Scheme
 from raylp.report import numbers
@@ -133,10 +133,16 @@ def line_of(name: str) -> tuple[Ancestor, ...]:
     return tuple(line)
 
 
+def is_directory(name: str) -> bool:
+    """Whether a model is named by its directory, and neither by a hub id nor by a package."""
+    if name.startswith(PACKAGE_PREFIX):
+        return False
+    return not _HUB_ID.fullmatch(name) or name.startswith(".") or Path(name).exists()
+
+
 def shareable(name: str) -> str:
-    """A name fit for others to read: of a path of this machine, its last part."""
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or ("/" in name and Path(name).exists())
-    return Path(name).name if is_path else name
+    """A model's name fit for others to read: of a directory of this machine, its last part."""
+    return Path(name).name if is_directory(name) else name
 
 
 def choice_sentences(facts: ModelFacts) -> list[str]:
@@ -208,7 +214,7 @@ def model_card(facts: ModelFacts) -> str:
         scheme=scheme,
         engine=scheme.engine if scheme else None,
         online=quantised_facts(facts.card)["scheme"] if scheme and scheme.maker == "vllm" else None,
-        hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not Path(facts.base).exists() else None,
+        hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not is_directory(facts.base) else None,
         ancestors=[(shareable(model.name), list(model.removed)) for model in facts.line],
         licence_id=facts.licence if known else "other",
         licence_name=None if known else facts.licence or None,
