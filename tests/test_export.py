@@ -266,6 +266,51 @@ def test_the_card_tells_no_training_that_was_not(tmp_path: Path) -> None:
     assert "Trained on parallel text (lora, at most 20 epochs)." in told(rundir, "healed-15")[0]
 
 
+def test_the_card_of_a_quantised_model_says_by_what_and_on_what(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    whole, matter = told(rundir, "healed-15")
+    assert "Quantised" not in whole and matter["base_model_relation"] == "finetune"
+    earlier = {"scheme": "gptq", "maker": "llm-compressor", "sentences": 64}
+    text, matter = told(rundir, "healed-15-gptq", quantized=earlier)
+    assert matter["base_model_relation"] == "quantized"
+    assert "by llm-compressor; the vocabulary is not. Calibrated on the first 64 pairs of the training text" in text
+    noted = {**earlier, "version": "0.14.0.1", "calibration": {"split": "train", "sha256": "0123456789abcdef" * 4}}
+    text, _ = told(rundir, "healed-15-gptq", quantized=noted)
+    assert "by llm-compressor 0.14.0.1; the vocabulary is not." in text
+    assert "that the prompt does not show, SHA-256 0123456789abcdef." in text
+    text, _ = told(rundir, "healed-15-nf4", quantized={"scheme": "nf4", "maker": "bitsandbytes", "version": "0.50.2"})
+    assert "by bitsandbytes 0.50.2; the vocabulary is not.\n" in text and "alibrated" not in text
+    text, matter = told(rundir, "healed-15-mxfp8", quantized={"scheme": "mxfp8", "maker": "vllm"})
+    assert "by vllm; the vocabulary is not. On disk the weights are whole." in text
+    assert matter["base_model_relation"] == "quantized"
+
+
+def test_notices_and_licence_of_the_base_come_from_the_revision_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for commit, ref, said in (("a" * 40, "main", "mit"), ("b" * 40, "v1", "apache-2.0")):
+        snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot / "README.md").write_text(f"---\nlicense: {said}\n---\n")
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir(exist_ok=True)
+        (refs / ref).write_text(commit)
+    rundir = write_run(tmp_path / "run")
+    manifest = rundir.read_json("manifest.json")
+    rundir.write_json("manifest.json", {**manifest, "model": {"name": "owner/base"}})
+    content = yaml.safe_load(rundir.read_text("recipe.yaml"))
+    for revision, said in ((None, "mit"), ("v1", "apache-2.0")):
+        content["model"] = {"name": "owner/base", "revision": revision}
+        rundir.write_text("recipe.yaml", yaml.safe_dump(content))
+        assert told(rundir, "healed-15")[1]["license"] == said
+        assert facts_of(rundir, "healed-15").revision == revision
+    content["model"] = {"name": "/else/where", "revision": "v1"}
+    rundir.write_text("recipe.yaml", yaml.safe_dump(content))
+    assert facts_of(rundir, "healed-15").revision is None
+
+
 def test_front_matter_is_yaml_whatever_the_run_is_about(tmp_path: Path) -> None:
     rundir = write_run(tmp_path / "run", test_set="en-no")
     content = yaml.safe_load(rundir.read_text("recipe.yaml"))

@@ -219,6 +219,7 @@ def model_card(facts: ModelFacts) -> str:
         chosen=choice_sentences(facts),
         trained=training_sentences(facts),
         scheme=scheme,
+        quantised=quantised_facts(facts.card),
         engine=scheme.engine if scheme else None,
         online=quantised_facts(facts.card)["scheme"] if scheme and scheme.maker == "vllm" else None,
         hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not is_directory(facts.base) else None,
