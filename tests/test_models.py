@@ -352,12 +352,11 @@ def test_what_was_fetched_of_the_hub_is_found_by_its_revision(tmp_path: Path, mo
         (snapshot / "config.json").write_text("{}")
         (snapshot / "README.md").write_text(f"---\nlicense: {text}\n---\n")
         (snapshot / "LICENSE").write_text(text)
-        for folder, file, content in (
-            ("refs", ref, commit),
-            ("trees", f"{commit}.json", json.dumps({".gitattributes": {"size": 3, "blob_id": "c" * 40}})),
-        ):
-            (place / folder).mkdir(exist_ok=True)
-            (place / folder / file).write_text(content)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / ref).write_text(commit)
+        listed = {"format_version": 1, "files": {".gitattributes": {"size": 3, "blob_id": "c" * 40}}}
+        (place / "trees").mkdir(exist_ok=True)
+        (place / "trees" / f"{commit}.json").write_text(json.dumps(listed))
     for revision, text in ((None, "mit"), ("v1", "apache-2.0"), ("b" * 40, "apache-2.0")):
         found = find_fetched("owner/base", revision)
         assert found is not None and licence(found) == text
