@@ -16,7 +16,7 @@ from raylp.context import Context, Splits
 from raylp.data.corpus import Pair, read_pairs, read_sources
 from raylp.data.languages import pair_of, split_pair
 from raylp.data.prompt import Prompt, choose_examples
-from raylp.data.splits import SPLITS, check_disjoint, cut, sentence_hash
+from raylp.data.splits import SPLITS, check_disjoint, cut, text_hash
 from raylp.errors import UserError
 from raylp.heal.disk import checkpoint_bytes
 from raylp.machine import SERVING, machine, versions
@@ -477,8 +477,7 @@ def _pair_of(recipe: Recipe, name: str) -> str:
 
 def _data_entry(context: Context) -> dict[str, Any]:
     def entry(examples: list[Pair]) -> dict[str, Any]:
-        text = "\n".join(sentence_hash(e.source) + sentence_hash(e.target) for e in examples)
-        return {"n": len(examples), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {"n": len(examples), "sha256": text_hash(examples)}
 
     splits = context.splits
     shared = {name: entry(getattr(splits, name)) for name in ("search", "train", "dev")}

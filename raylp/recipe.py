@@ -29,6 +29,7 @@ FREE_SECTIONS = ("resources", "serve", "bench", "cache", "run_dir")
 FREE_KEYS = (*(f"heal.{key}" for key in HEAL_FREE), *(f"distill.{key}" for key in DISTILL_FREE))
 
 File = str | list[str]
+CORPUS_FILES = ("search", "train", "dev", "test", "mono", "path")  # the keys of a corpus that name files
 
 
 class Model(Section):
@@ -293,9 +294,7 @@ def _anchor(corpus: Corpus, base: Path) -> Corpus:
             return [str((base / part).resolve()) for part in file]
         return str((base / file).resolve())
 
-    return corpus.model_copy(
-        update={key: absolute(getattr(corpus, key)) for key in ("search", "train", "dev", "test", "mono", "path")}
-    )
+    return corpus.model_copy(update={key: absolute(getattr(corpus, key)) for key in CORPUS_FILES})
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -18,7 +18,7 @@ recorded() { # recorded VENV KEY
 
 # Sets STACK and PYTHON (the interpreter underneath, also when an environment is active).
 choose() { # choose OLDEST NEWEST: minor versions of Python 3
-    local candidate version="" made_with
+    local candidate version made_with candidates=(python3 python3.13 python3.12 python3.11)
     STACK=${STACK:-$(recorded .venv stack)}
     if [[ -z $STACK ]]; then
         STACK=cpu
@@ -28,7 +28,9 @@ choose() { # choose OLDEST NEWEST: minor versions of Python 3
     [[ $(uname -sm) == "Linux x86_64" ]] || die "$(uname -sm) is not supported: Linux on x86-64 is" 2
 
     made_with=$(recorded .venv python)
-    for candidate in ${PYTHON:-${made_with:+"$made_with"} python3 python3.13 python3.12 python3.11}; do
+    if [[ $made_with ]]; then candidates=("$made_with" "${candidates[@]}"); fi
+    if [[ ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         version=$("$candidate" -c 'import sys; print(sys.version_info.minor, sys._base_executable)' 2>/dev/null) ||
             continue
         if ((${version%% *} >= $1 && ${version%% *} <= $2)); then
@@ -57,7 +59,7 @@ open_venv() { # open_venv STEPS GIBIBYTES
         clear=--clear
     fi
     if [[ $clear || ! -d $VENV ]]; then
-        "$PYTHON" -m venv $clear "$VENV" ||
+        "$PYTHON" -m venv ${clear:+"$clear"} "$VENV" ||
             die "$PYTHON cannot make environments: install its venv module (on Debian and Ubuntu python3-venv), then try again"
     fi
     printf 'stack=%s\npython=%s\nplace=%s\n' "$STACK" "$PYTHON" "$PWD" >"$VENV/setup.txt"

@@ -37,7 +37,7 @@ install_raylp() {
     pip --no-deps --no-build-isolation --editable .
 }
 
-open_venv "Setting up raylp" 5 $([[ $STACK == gpu ]] && echo 20 || echo 6)
+open_venv "Setting up raylp" 5 "$([[ $STACK == gpu ]] && echo 20 || echo 6)"
 step "build tools" install_build_tools
 step "torch $TORCH" install_torch
 step "deepspeed, built from source" install_deepspeed

@@ -21,7 +21,7 @@ install_pip() {
     pip "$(grep '^pip==' requirements/build.txt | cut -d ' ' -f 1)"
 }
 
-open_venv "Setting up $TITLE" 4 $([[ $STACK == gpu ]] && echo 10 || echo 3)
+open_venv "Setting up $TITLE" 4 "$([[ $STACK == gpu ]] && echo 10 || echo 3)"
 step "pip" install_pip
 step "torch $TORCH" install_torch
 step "$(grep -c == "$LOCK") packages" install_lock "$LOCK"

@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 from raylp.cli import app
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.export.card import facts_of, line_of, model_card
+from raylp.export.card import facts_of, is_directory, line_of, model_card, shareable
 from raylp.export.export import choose, export
-from raylp.export.wmt26 import NEEDED, portable_recipe, spellings
+from raylp.export.portable import Portable
+from raylp.export.wmt26 import NEEDED, spellings, write_submission
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import CARD
 from raylp.models.source import licence as read_licence
@@ -204,7 +205,7 @@ def is_installed(name: str) -> bool:
 
 
 def test_the_recipe_of_a_submission_is_whole_and_names_no_place_of_this_machine(finished: RunDir) -> None:
-    text = portable_recipe(finished.read_text("recipe.yaml"))
+    text = Portable().recipe(finished.read_text("recipe.yaml"))
     content = yaml.safe_load(text)
     assert content["data"]["xx-yy"]["test"] == "data/xx-yy/test/test.jsonl"
     assert content["run_dir"] == "run"
@@ -265,6 +266,51 @@ def test_the_card_tells_no_training_that_was_not(tmp_path: Path) -> None:
     assert "Trained on parallel text (lora, at most 20 epochs)." in told(rundir, "healed-15")[0]
 
 
+def test_the_card_of_a_quantised_model_says_by_what_and_on_what(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    whole, matter = told(rundir, "healed-15")
+    assert "Quantised" not in whole and matter["base_model_relation"] == "finetune"
+    earlier = {"scheme": "gptq", "maker": "llm-compressor", "sentences": 64}
+    text, matter = told(rundir, "healed-15-gptq", quantized=earlier)
+    assert matter["base_model_relation"] == "quantized"
+    assert "by llm-compressor; the vocabulary is not. Calibrated on the first 64 pairs of the training text" in text
+    noted = {**earlier, "version": "0.14.0.1", "calibration": {"split": "train", "sha256": "0123456789abcdef" * 4}}
+    text, _ = told(rundir, "healed-15-gptq", quantized=noted)
+    assert "by llm-compressor 0.14.0.1; the vocabulary is not." in text
+    assert "that the prompt does not show, SHA-256 0123456789abcdef." in text
+    text, _ = told(rundir, "healed-15-nf4", quantized={"scheme": "nf4", "maker": "bitsandbytes", "version": "0.50.2"})
+    assert "by bitsandbytes 0.50.2; the vocabulary is not.\n" in text and "alibrated" not in text
+    text, matter = told(rundir, "healed-15-mxfp8", quantized={"scheme": "mxfp8", "maker": "vllm"})
+    assert "by vllm; the vocabulary is not. On disk the weights are whole." in text
+    assert matter["base_model_relation"] == "quantized"
+
+
+def test_notices_and_licence_of_the_base_come_from_the_revision_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for commit, ref, said in (("a" * 40, "main", "mit"), ("b" * 40, "v1", "apache-2.0")):
+        snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot / "README.md").write_text(f"---\nlicense: {said}\n---\n")
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir(exist_ok=True)
+        (refs / ref).write_text(commit)
+    rundir = write_run(tmp_path / "run")
+    manifest = rundir.read_json("manifest.json")
+    rundir.write_json("manifest.json", {**manifest, "model": {"name": "owner/base"}})
+    content = yaml.safe_load(rundir.read_text("recipe.yaml"))
+    for revision, said in ((None, "mit"), ("v1", "apache-2.0")):
+        content["model"] = {"name": "owner/base", "revision": revision}
+        rundir.write_text("recipe.yaml", yaml.safe_dump(content))
+        assert told(rundir, "healed-15")[1]["license"] == said
+        assert facts_of(rundir, "healed-15").revision == revision
+    content["model"] = {"name": "/else/where", "revision": "v1"}
+    rundir.write_text("recipe.yaml", yaml.safe_dump(content))
+    assert facts_of(rundir, "healed-15").revision is None
+
+
 def test_front_matter_is_yaml_whatever_the_run_is_about(tmp_path: Path) -> None:
     rundir = write_run(tmp_path / "run", test_set="en-no")
     content = yaml.safe_load(rundir.read_text("recipe.yaml"))
@@ -289,19 +335,96 @@ def test_no_place_of_this_machine_is_in_a_portable_recipe() -> None:
         "model": {"name": f"{here}/adapted"},
         "data": {"a:en-de": {"train": [f"{here}/train/t.en", f"{here}/train/t.de"], "mono": f"{here}/mono.txt"}},
         "search": {"layers": 3, "objective": {f"{here}/comet": 1.0}},
-        "distill": {"teacher": f"{here}/big", "filters": {"comet": f"{here}/kiwi"}},
+        "distill": {
+            "teacher": f"{here}/big",
+            "filters": {"comet": f"{here}/kiwi", "embedding_model": f"{here}/labse"},
+        },
         "evaluate": {"metrics": [f"{here}/comet"]},
         "serve": {"api_keys": f"{here}/keys"},
         "resources": {"address": "ray://10.0.0.7:10001"},
         "cache": f"{here}/cache",
         "run_dir": f"{here}/run",
     }
-    text = portable_recipe(yaml.safe_dump(recipe))
+    portable = Portable()
+    text = portable.recipe(yaml.safe_dump(recipe))
     assert "someone" not in text and "10.0.0.7" not in text
     content = yaml.safe_load(text)
     assert content["model"]["name"] == "base"
     assert content["data"]["a:en-de"]["train"] == ["data/a-en-de/train/t.en", "data/a-en-de/train/t.de"]
     assert content["distill"]["teacher"] == "teacher"
+    assert portable.needed == {
+        "base": "the model adapted it was cut from",
+        "comet/comet": "the COMET checkpoint comet",
+        "comet/kiwi": "the COMET checkpoint kiwi",
+        "embedding/labse": "the embedding model labse",
+        "teacher": "the teacher big",
+    }
+
+
+def test_files_of_one_name_have_places_of_their_own() -> None:
+    recipe = {
+        "model": {"name": "owner/base"},
+        "data": {
+            "a:en-de": {"train": ["/one/t.txt", "/two/t.txt"], "dev": ["/one/t.txt", "/one/t.txt"]},
+            "a-en-de": {"pair": "en-de", "train": "/three/t.txt"},
+        },
+        "search": {"layers": 3, "objective": {"/one/comet": 1.0, "/two/comet": 1.0, "likelihood": 1.0}},
+        "evaluate": {"metrics": ["/two/comet/checkpoints/model.ckpt", "BLEU", "Unbabel/wmt22-comet-da"]},
+    }
+    portable, text = Portable(), yaml.safe_dump(recipe, sort_keys=False)
+    content = yaml.safe_load(portable.recipe(text))
+    first, second = content["data"].values()
+    assert first["train"] == ["data/a-en-de/train/t.txt", "data/a-en-de/train/t-2.txt"]
+    assert first["dev"] == ["data/a-en-de/dev/t.txt"] * 2
+    assert second["train"] == "data/a-en-de/train/t-3.txt"
+    assert list(content["search"]["objective"]) == ["./comet/comet", "./comet/comet-2", "likelihood"]
+    assert content["evaluate"]["metrics"][0] == "./comet/comet-2/checkpoints/model.ckpt"
+    assert content["evaluate"]["metrics"][1:] == recipe["evaluate"]["metrics"][1:]
+    assert portable.plan({"objective": {"/two/comet": 1.0}}) == {"objective": {"./comet/comet-2": 1.0}}
+    assert content == yaml.safe_load(Portable().recipe(text))
+    assert parse_recipe(content, "portable", Path("/there"))
+
+
+def test_a_text_is_no_path_however_it_begins() -> None:
+    templates = ("/{source_language}/ {source}\n/{target_language}/", "~ {source} =", "a/b/{source}")
+    for template in templates:
+        recipe = {"model": {"name": "owner/base"}, "data": {}, "prompt": {"template": template}}
+        content = yaml.safe_load(Portable().recipe(yaml.safe_dump(recipe)))
+        assert content["prompt"]["template"] == template
+    plan = {"model": "m", "stopped": "/ is what it says", "rounds": [{"note": "~x"}]}
+    assert Portable().plan(plan) == plan
+
+
+def test_the_name_of_a_served_teacher_is_the_servers() -> None:
+    distill = {"teacher": "/models/big", "endpoint": "http://127.0.0.1:8000/v1"}
+    recipe = {"model": {"name": "owner/base"}, "data": {}, "distill": distill}
+    portable = Portable()
+    assert yaml.safe_load(portable.recipe(yaml.safe_dump(recipe)))["distill"] == distill
+    assert portable.needed == {}
+
+
+def test_a_model_is_named_by_its_directory_or_as_others_name_it(tmp_path: Path) -> None:
+    for name in ("owner/name", "package:name"):
+        assert not is_directory(name) and shareable(name) == name
+    for name in (str(tmp_path), "adapted", "./adapted", ".cache/adapted", "~/models/adapted", "runs/demo/adapted"):
+        assert is_directory(name) and shareable(name) == Path(name).name
+
+
+def test_the_readme_of_a_submission_names_what_is_there(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    for searched in (True, False):
+        if not searched:
+            rundir.remove("plan.json")
+        target = tmp_path / f"system-{searched}"
+        (target / "workdir" / "model").mkdir(parents=True)
+        write_submission(rundir, facts_of(rundir, "healed-15"), target)
+        text = (target / "README.md").read_text()
+        named = {name for name in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)}
+        files = {name for names in named for name in re.findall(r"`(.+?)`", names)}
+        assert all((target / name).exists() for name in files)
+        assert ("workdir/plan.json" in files) == searched
+    pinned = {Requirement(line).name for line in (target / "requirements.txt").read_text().splitlines()}
+    assert pinned == set(NEEDED) - {"torch"} and "what these need in turn is left to pip" in text
 
 
 def test_pairs_have_the_tasks_spellings() -> None:

@@ -1,6 +1,9 @@
 """Views and checkpoints of every family we name: the same tokens in memory, reloaded, cached and uncached."""
 
+import hashlib
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import toy
 from raylp.errors import UserError
 from raylp.generate.base import Request
 from raylp.generate.transformers_view import TransformersGenerator
-from raylp.models.checkpoint import count_parameters, read_card, save_checkpoint
-from raylp.models.load import load_model, load_tokenizer, model_class, safetensors_header, stored_dtype
-from raylp.models.source import fingerprint, locate
+from raylp.generate.translate import translate
+from raylp.models.checkpoint import copy_checkpoint, count_parameters, layer_costs, read_card, save_checkpoint
+from raylp.models.files import check_checkpoint, safetensors_header, weight_files
+from raylp.models.load import load_model, load_tokenizer, model_class, read_config, stored_dtype
+from raylp.models.source import LICENCES, find_fetched, find_notices, fingerprint, licence, locate
 from raylp.models.stack import find_stack
 from raylp.models.view import check_removed, cut_config, without_layers
 
@@ -169,8 +174,6 @@ def test_models_without_a_decoder(tmp_path: Path) -> None:
 
 
 def test_fingerprint_is_of_the_contents(tmp_path: Path, toy_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     monkeypatch.setenv("RAYLP_CACHE", str(tmp_path / "cache"))
     copy = tmp_path / "copy"
     shutil.copytree(toy_checkpoint, copy)
@@ -179,3 +182,184 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path, toy_checkpoint: Path, mo
     (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
     assert fingerprint(copy) != fingerprint(toy_checkpoint)
     assert stored_dtype(copy) == "float32"
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '4'}\nsize 12345\n"
+
+
+def sharded(source: Path, target: Path) -> Path:
+    """The checkpoint `source` in two files with an index."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names = sorted(tensors)
+    index = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, target / file, {"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return target
+
+
+def test_only_the_weights_that_are_loaded_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral's checkpoints hold the weights a second time, in another format."""
+    monkeypatch.setenv("RAYLP_CACHE", str(tmp_path / "cache"))
+    source = toy.tiny_random("mistral")
+    for name, clean in (("one", source), ("two", sharded(source, tmp_path / "sharded"))):
+        mixed = tmp_path / name
+        shutil.copytree(clean, mixed)
+        shutil.copyfile(source / "model.safetensors", mixed / "consolidated.safetensors")
+        shutil.copyfile(source / "model.safetensors", mixed / "extra-00001-of-00001.safetensors")
+        for stray in ("README.md", "LICENSE", "LICENSE.txt", "params.json", "consolidated.safetensors.index.json"):
+            (mixed / stray).write_text("{}")
+        (mixed / ".cache").mkdir()
+        assert [file.name for file in weight_files(mixed)] == [file.name for file in weight_files(clean)]
+        assert count_parameters(mixed) == count_parameters(source)
+        assert layer_costs(mixed) == layer_costs(source)
+        assert fingerprint(mixed) == fingerprint(clean)
+        for link in (False, True):
+            copy = tmp_path / f"{name}-{link}"
+            copy_checkpoint(mixed, copy, link)
+            assert {file.name for file in copy.iterdir()} == {file.name for file in clean.iterdir()}
+        with torch.inference_mode():
+            logits = [
+                load_model(path)(torch.tensor([[5, 6, 7]])).logits for path in (source, tmp_path / f"{name}-True")
+            ]
+        assert torch.equal(*logits)
+
+
+def test_the_fingerprint_of_an_ordinary_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of earlier runs are filed under it."""
+    monkeypatch.setenv("RAYLP_CACHE", str(tmp_path / "cache"))
+    source = toy.tiny_random("mistral")
+    for path in (source, sharded(source, tmp_path / "sharded")):
+        digest = hashlib.sha256()
+        for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        assert fingerprint(path) == digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        (
+            "model.safetensors",
+            POINTER,
+            "model.safetensors is a pointer of git-lfs and not the file itself: run `git lfs",
+        ),
+        ("model.safetensors", "", "model.safetensors is not a whole safetensors file"),
+        ("model.safetensors", "<html>not found</html>", "model.safetensors is not a whole safetensors file"),
+        ("model.safetensors", None, "has no model.safetensors and no model.safetensors.index.json"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a pointer of git-lfs"),
+        ("config.json", POINTER, "config.json is a pointer of git-lfs"),
+        ("config.json", '{"model_type": "lla', "config.json cannot be read"),
+        ("config.json", "[]", "config.json is not a JSON object"),
+        ("config.json", None, "config.json"),
+    ],
+)
+def test_a_broken_checkpoint_is_told_by_its_file(
+    file: str, content: str | None, says: str, toy_checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(toy_checkpoint, broken)
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        locate(str(broken))
+    assert str(broken) in str(error.value)
+    with pytest.raises(UserError, match=says):
+        translate(broken, "xx-yy", ["a"], io.StringIO())
+
+
+def test_weights_that_were_cut_short_are_told(toy_checkpoint: Path, tmp_path: Path) -> None:
+    check_checkpoint(toy_checkpoint)
+    whole = sharded(toy_checkpoint, tmp_path / "whole")
+    check_checkpoint(whole)
+    second = whole / "model-00002-of-00002.safetensors"
+    second.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"00002-of-00002\.safetensors is not a whole safetensors file"):
+        locate(str(whole))
+    second.unlink()
+    with pytest.raises(UserError, match=r"00002-of-00002\.safetensors of model\.safetensors\.index\.json is not"):
+        locate(str(whole))
+    for index in ("[]", "{}", '{"weight_map": {"a": "../model.safetensors"}}'):
+        (whole / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+            locate(str(whole))
+
+
+def test_a_configuration_that_transformers_refuses_is_told(tmp_path: Path) -> None:
+    for config in ({}, {"model_type": ["llama"]}, {"model_type": "llama", "num_hidden_layers": "six"}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"transformers cannot read its config\.json"):
+            read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", "mit, apache-2.0"),
+        ("---\nlicense: other\nlicense_name: some-terms\n---\n", "some-terms"),
+        ("---\nlicense: [other]\nlicense_name: >\n  some\n  terms\n---\n", "some terms"),
+        ("---\nlicense: mit\nlicense_name: unused\n---\n", "mit"),
+        ("---\nlicense: other\n---\n", None),
+        ("---\nlicense: unknown\n---\n", None),
+        ("---\nlicense: 3\n---\n", None),
+        ("---\nlicense: {a: b}\n---\n", None),
+        ("---\nlicense: [a\n---\n", None),
+        ("---\njust text\n---\n", None),
+        ("# A model\n\nlicense: mit\n", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_licence_is_what_the_front_matter_says(card: str | None, found: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence(tmp_path) == found
+
+
+def test_a_licence_that_cannot_be_read_is_the_familys_or_none(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
+    terms = LICENCES["gemma"]
+    for config, found in (
+        ('{"model_type": "gemma3_text"}', terms),
+        ('{"model_type": "gemma2"}', terms),
+        ('{"model_type": "gemma4"}', None),
+        ('{"model_type": "gemma4_text"}', None),
+        ('{"model_type": null}', None),
+        ("{", None),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        assert licence(tmp_path) == found
+    (tmp_path / "config.json").unlink()
+    assert licence(tmp_path) is None
+
+
+def test_what_was_fetched_of_the_hub_is_found_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As raylp fetches it, without the files that it does not need."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--owner--base"
+    for commit, ref, text in (("a" * 40, "main", "mit"), ("b" * 40, "v1", "apache-2.0")):
+        snapshot = place / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot / "README.md").write_text(f"---\nlicense: {text}\n---\n")
+        (snapshot / "LICENSE").write_text(text)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / ref).write_text(commit)
+        listed = {"format_version": 1, "files": {".gitattributes": {"size": 3, "blob_id": "c" * 40}}}
+        (place / "trees").mkdir(exist_ok=True)
+        (place / "trees" / f"{commit}.json").write_text(json.dumps(listed))
+    for revision, text in ((None, "mit"), ("v1", "apache-2.0"), ("b" * 40, "apache-2.0")):
+        found = find_fetched("owner/base", revision)
+        assert found is not None and licence(found) == text
+        assert [file.read_text() for file in find_notices("owner/base", revision)] == [text]
+    assert find_fetched("owner/base", "v2") is find_fetched("owner/other") is find_fetched("") is None
+    assert find_notices("owner/other") == find_notices("") == []

@@ -1,5 +1,6 @@
 """Quantising models of a run: real libraries, and engines that run what they leave."""
 
+import importlib.metadata
 import io
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from raylp.bench.config import Bench
 from raylp.bench.ideal import ideal
 from raylp.bench.load import Load
 from raylp.bench.stage import Cell, compared, runs, summary
+from raylp.beside import COMPRESSOR
 from raylp.cluster import num_gpus
 from raylp.context import Context, Splits
 from raylp.data.prompt import Prompt
@@ -24,7 +26,7 @@ from raylp.evaluate.stage import comparisons
 from raylp.export.export import export
 from raylp.generate.pool import make_generator
 from raylp.generate.translate import read_prompt, translate
-from raylp.models.checkpoint import copy_checkpoint, quantised_layers, read_card, sizes, write_card
+from raylp.models.checkpoint import CARD, copy_checkpoint, quantised_layers, read_card, sizes, write_card
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import SCHEMES as NAMES
@@ -34,7 +36,7 @@ from raylp.progress import Reporter
 from raylp.quantize.config import Quantize
 from raylp.quantize.engines import check_cpu, engine_of, engine_options, identity, run_by
 from raylp.quantize.schemes import SCHEMES
-from raylp.quantize.stage import _check_groups
+from raylp.quantize.stage import _check_groups, is_made
 from raylp.recipe import load_recipe, parse_recipe
 from raylp.report.build import report
 from raylp.report.contents import Model
@@ -129,6 +131,19 @@ def test_what_is_there_is_not_made_again(bits: tuple[Path, dict]) -> None:
     assert [name for name in after if after[name] != before[name]] == [f"{PRUNED}-nf4"]
 
 
+def test_what_an_earlier_version_did_not_note_is_not_made_again() -> None:
+    calibration = {"split": "train", "sha256": "a" * 64}
+    card = {"removed": [3], "quantized": {"scheme": "gptq", "of": "f", "sentences": 8, "calibration": calibration}}
+    earlier = {"scheme": "gptq", "of": "f", "sentences": 8}
+    assert is_made({"removed": [3], "quantized": earlier}, card)
+    assert is_made({"removed": [3], "quantized": {**card["quantized"], "version": "0.1"}}, card)
+    assert not is_made({"removed": [4], "quantized": earlier}, card)
+    assert not is_made({"removed": [3], "quantized": {**earlier, "of": "g"}}, card)
+    other = {"split": "train", "sha256": "b" * 64}
+    assert not is_made({"removed": [3], "quantized": {**earlier, "calibration": other}}, card)
+    assert not is_made({"removed": [3]}, card) and not is_made(None, card)
+
+
 def made_at(run_dir: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in run_dir.glob("models/*/model.safetensors")}
 
@@ -168,7 +183,8 @@ def test_the_card_says_how_it_is_quantised_and_what_runs_it(bits: tuple[Path, di
     place = RunDir(str(run_dir))
     assert export(place, tmp_path / "out", model=f"{PRUNED}-nf4") == f"{PRUNED}-nf4"
     card = (tmp_path / "out/README.md").read_text()
-    assert "Quantised: 4-bit normal floats, quantised twice, by bitsandbytes; the vocabulary is not." in card
+    by = f"bitsandbytes {importlib.metadata.version('bitsandbytes')}"
+    assert f"Quantised: 4-bit normal floats, quantised twice, by {by}; the vocabulary is not." in card
     assert "transformers, with bitsandbytes:" in card and "vLLM" not in card.partition("## Use")[2]
     assert "--backend transformers" in card and f"| {PRUNED} |" in card
     export(place, tmp_path / "wmt", "wmt26", f"{PRUNED}-nf4")
@@ -185,12 +201,20 @@ def test_what_vllm_quantises_itself_takes_no_room_twice(
     from raylp.pipeline import open_context
     from raylp.quantize.stage import quantize
 
-    recipe = parse_recipe(toy_recipe(toy_checkpoint, toy_data, tmp_path / "run"))
+    base = tmp_path / "base"
+    copy_checkpoint(toy_checkpoint, base, link=True)
+    copy_checkpoint(toy_checkpoint, tmp_path / "consolidated")
+    (tmp_path / "consolidated" / "model.safetensors").rename(base / "consolidated.safetensors")
+    for name in ("README.md", "LICENSE"):
+        (base / name).write_text("---\nlicense: mit\n---\n")
+    recipe = parse_recipe(toy_recipe(base, toy_data, tmp_path / "run"))
     section = Quantize(models=["baseline"], schemes=["fp8_per_channel"])
     context = open_context(recipe, Reporter(quiet=True))
     quantize(replace(context, recipe=recipe.model_copy(update={"quantize": section})))
     made = tmp_path / "run/models/baseline-fp8_per_channel"
-    assert (made / "model.safetensors").samefile(toy_checkpoint / "model.safetensors")
+    assert (made / "model.safetensors").samefile(base / "model.safetensors")
+    stray = {"README.md", "LICENSE", "consolidated.safetensors"}
+    assert {file.name for file in made.iterdir()} - {CARD, "manifest.json"} == {f.name for f in base.iterdir()} - stray
     assert engine_options(made) == {"quantization": "fp8_per_channel"} and engine_options(toy_checkpoint) == {}
     assert (engine_of(made), whole_of(made.name)) == ("vllm", "baseline")
     assert read_card(toy_checkpoint) is None, "the card is the variant's alone"
@@ -370,6 +394,8 @@ def test_what_llm_compressor_makes_vllm_runs(
         assert packed["quantized"]["group_size"] == 32
     card = read_card(tmp_path / "run/models" / f"{PRUNED}-w8a8") or {}
     assert card["quantized"]["sentences"] > 0 and card["removed"] == GOOD
+    assert card["quantized"]["version"] == COMPRESSOR.require()[1]
+    assert len(card["quantized"]["calibration"]["sha256"]) == 64
     measured = json.loads((tmp_path / "run/bench.json").read_text())
     assert measured["models"][f"{PRUNED}-w8a8"]["vllm-b4"]["output_tokens_per_s"]["value"] > 0
     assert sizes(tmp_path / "run/models" / f"{PRUNED}-w8a8")["params"] == card["quantized"]["params"]

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -105,3 +106,18 @@ def test_a_wrong_choice_is_refused_before_anything_is_made(script: str, variable
     assert answer.returncode == 2
     assert answer.stdout == ""
     assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and says in answer.stderr
+
+
+def test_an_interpreter_may_have_blanks_in_its_path(tmp_path: Path) -> None:
+    python = tmp_path / "a b" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    chosen = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'source {ROOT}/scripts/common.sh; choose 11 13; echo "$MINOR"'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "STACK": "cpu"},
+    )
+    assert (chosen.stdout, chosen.stderr) == (f"{sys.version_info.minor}\n", "")

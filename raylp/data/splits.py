@@ -2,7 +2,7 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from raylp.data.corpus import Pair
 from raylp.errors import UserError
@@ -15,6 +15,12 @@ def sentence_hash(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     plain = "".join(c if c.isalnum() else " " for c in folded)
     return hashlib.sha256(" ".join(plain.split() or folded.split()).encode()).hexdigest()[:16]
+
+
+def text_hash(examples: Iterable[Pair]) -> str:
+    """SHA-256 of sentence pairs in their order, equal where their `sentence_hash`es are."""
+    text = "\n".join(sentence_hash(example.source) + sentence_hash(example.target) for example in examples)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Pair]]) -> None:

@@ -12,11 +12,11 @@ from raylp.data.languages import language_name, pair_of, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import quantised_facts, read_card
 from raylp.models.load import max_positions, read_generation_config
-from raylp.models.source import licence
+from raylp.models.source import PACKAGE_PREFIX, find_fetched, licence
 from raylp.names import kind_of, whole_of
 from raylp.quantize.schemes import SCHEMES, Scheme
 from raylp.report import numbers
-from raylp.report.contents import Contents, Model, read_contents
+from raylp.report.contents import Contents, Model, mapping, read_contents
 from raylp.report.facts import measured_how
 from raylp.report.search_words import (
     floor_sentences,
@@ -80,6 +80,12 @@ class ModelFacts:
         return self.line[-1].name
 
     @property
+    def revision(self) -> str | None:
+        """Of the base, where the recipe names both."""
+        model = mapping(self.contents.recipe.get("model"))
+        return model.get("revision") if model.get("name") == self.base else None
+
+    @property
     def cut_from(self) -> str:
         """The model that `removed` counts the layers of, fit for others to read."""
         return shareable(self.line[0].name if any(model.removed for model in self.line) else self.base)
@@ -103,10 +109,11 @@ class ModelFacts:
 
     @property
     def licence(self) -> str:
-        """Of the first model, as far as the run or the model's directory states it."""
-        found = str((self.contents.manifest.get("model") or {}).get("licence") or "")
-        here = Path(self.base)
-        return found or (licence(here) or "" if (here / "config.json").exists() else "")
+        """Of the first model, as far as the run or the model's directory or entry in the hub's cache states it."""
+        if found := (self.contents.manifest.get("model") or {}).get("licence"):
+            return str(found)
+        here = find_fetched(self.base, self.revision)
+        return (licence(here) if here else None) or ""
 
 
 def facts_of(rundir: RunDir, name: str) -> ModelFacts:
@@ -133,10 +140,16 @@ def line_of(name: str) -> tuple[Ancestor, ...]:
     return tuple(line)
 
 
+def is_directory(name: str) -> bool:
+    """Whether a model is named by its directory, and neither by a hub id nor by a package."""
+    if name.startswith(PACKAGE_PREFIX):
+        return False
+    return not _HUB_ID.fullmatch(name) or name.startswith(".") or Path(name).exists()
+
+
 def shareable(name: str) -> str:
-    """A name fit for others to read: of a path of this machine, its last part."""
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or ("/" in name and Path(name).exists())
-    return Path(name).name if is_path else name
+    """A model's name fit for others to read: of a directory of this machine, its last part."""
+    return Path(name).name if is_directory(name) else name
 
 
 def choice_sentences(facts: ModelFacts) -> list[str]:
@@ -206,9 +219,10 @@ def model_card(facts: ModelFacts) -> str:
         chosen=choice_sentences(facts),
         trained=training_sentences(facts),
         scheme=scheme,
+        quantised=quantised_facts(facts.card),
         engine=scheme.engine if scheme else None,
         online=quantised_facts(facts.card)["scheme"] if scheme and scheme.maker == "vllm" else None,
-        hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not Path(facts.base).exists() else None,
+        hub_id=facts.base if _HUB_ID.fullmatch(facts.base) and not is_directory(facts.base) else None,
         ancestors=[(shareable(model.name), list(model.removed)) for model in facts.line],
         licence_id=facts.licence if known else "other",
         licence_name=None if known else facts.licence or None,

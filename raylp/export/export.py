@@ -46,7 +46,7 @@ def export(
         copy_checkpoint(rundir.local(f"models/{name}"), checkpoint)
         # The base is named as others know it, not by where it lay on this machine.
         write_card(checkpoint, {**facts.card, "base_model": facts.cut_from})
-        for notice in find_notices(facts.base):
+        for notice in find_notices(facts.base, facts.revision):
             shutil.copyfile(notice, checkpoint / notice.name)
         (checkpoint / "README.md").write_text(model_card(facts), encoding="utf-8")
         if form == "wmt26":

@@ -10,21 +10,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from packaging.requirements import Requirement
 
 import raylp
 from raylp.data.languages import split_pair
 from raylp.errors import UserError
-from raylp.export.card import ModelFacts, scheme_of, shareable
+from raylp.export.card import ModelFacts, scheme_of
+from raylp.export.portable import Portable
 from raylp.generate.translate import VLLM_ROOM
 from raylp.rundir import RunDir
 
 # What `raylp translate` imports. vllm is installed where there is a GPU.
 NEEDED = ("numpy", "pydantic", "pyyaml", "safetensors", "torch", "transformers", "typer")
 FOR_BITS = ("accelerate", "bitsandbytes")  # and for models that bitsandbytes has quantised
-BASE, TEACHER = "base", "teacher"  # beside the recipe, where they are no models that others can name
 SCRIPTS = ("setup.sh", "run.sh", "compress.sh")
 # The task's codes, and those that a run may name the same languages by.
 CODES = {
@@ -48,7 +47,8 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         loader=PackageLoader("raylp.export"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     scheme = scheme_of(facts)
-    teacher = str((facts.contents.recipe.get("distill") or {}).get("teacher", "base"))
+    portable = Portable()
+    recipe = portable.recipe(facts.contents.recipe_text)
     values: dict[str, Any] = {
         "facts": facts,
         "engine": scheme.engine if scheme else None,
@@ -57,8 +57,8 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
         "torch": _version("torch"),
         "vllm": _vllm(),
         "vllm_room": f"{VLLM_ROOM:,}",
-        "base": shareable(facts.line[0].name) if _is_path(facts.line[0].name) else None,
-        "teacher": shareable(teacher) if _is_path(teacher) else None,
+        "beside": portable.needed,
+        "planned": rundir.exists("plan.json"),
     }
     for script in SCRIPTS:
         file = target / script
@@ -70,10 +70,10 @@ def write_submission(rundir: RunDir, facts: ModelFacts, target: Path) -> None:
     (target / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     package = Path(raylp.__file__).parent
     shutil.copytree(package, target / "workdir" / "code" / "raylp", ignore=shutil.ignore_patterns("__pycache__"))
-    (target / "workdir" / "recipe.yaml").write_text(portable_recipe(facts.contents.recipe_text), encoding="utf-8")
-    if rundir.exists("plan.json"):
-        plan = {**rundir.read_json("plan.json"), "model": facts.cut_from}
-        text = json.dumps(_without_paths(plan), indent=2, ensure_ascii=False)
+    (target / "workdir" / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    if values["planned"]:
+        plan = {**portable.plan(rundir.read_json("plan.json")), "model": facts.cut_from}
+        text = json.dumps(plan, indent=2, ensure_ascii=False)
         (target / "workdir" / "plan.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -95,43 +95,6 @@ def spellings(pairs: tuple[str, ...]) -> dict[str, str]:
 def _alike(code: str) -> set[str]:
     short = CODES.get(code, code)
     return {short, *(other for other, means in CODES.items() if means == short)}
-
-
-def portable_recipe(text: str) -> str:
-    """The recipe with model, data files and run directory beside it, and nothing else of this machine.
-
-    What does not change the weights is left out: resources, endpoint, benchmark.
-    """
-    recipe = {key: value for key, value in yaml.safe_load(text).items() if key not in ("resources", "serve", "bench")}
-    if _is_path(recipe["model"]["name"]):
-        recipe["model"]["name"] = BASE
-    for source, corpus in recipe.get("data", {}).items():
-        for key, value in corpus.items():
-            if key in ("search", "train", "dev", "test", "mono", "path") and value:
-                folder = f"data/{source.replace(':', '-')}/{key}"
-                files = [f"{folder}/{Path(file).name}" for file in _listed(value)]
-                corpus[key] = files[0] if isinstance(value, str) else files
-    if (distill := recipe.get("distill")) and _is_path(distill.get("teacher", "base")):
-        distill["teacher"] = TEACHER
-    recipe |= {"run_dir": "run", "cache": None}
-    return yaml.safe_dump(_without_paths(recipe), sort_keys=False, allow_unicode=True)
-
-
-def _without_paths(value: Any) -> Any:
-    """Plain data in which every absolute path, as a key too, is its last part alone."""
-    if isinstance(value, dict):
-        return {_without_paths(key): _without_paths(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def _is_path(model: str) -> bool:
-    return shareable(model) != model
-
-
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def _vllm() -> str:

@@ -15,6 +15,7 @@ from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.generate.base import Generator, Output, Request
 from raylp.models.checkpoint import CARD, read_card
+from raylp.models.files import check_checkpoint
 from raylp.models.load import load_model, load_tokenizer, max_positions, stored_dtype
 from raylp.quantize.engines import check_engine, engine_of
 
@@ -38,13 +39,14 @@ def translate(
     warning on stderr.
 
     Raises:
-        UserError: no checkpoint is at `model_path`, or `pair` is not a language pair.
+        UserError: no whole checkpoint is at `model_path`, or `pair` is not a language pair.
     """
     split_pair(pair)
     if backend == "auto":
         backend = engine_of(model_path) or quickest_backend()
     if not (model_path / "config.json").exists():
         raise UserError(f"model {model_path}: no checkpoint is there (config.json and *.safetensors in a directory)")
+    check_checkpoint(model_path)
     check_engine(model_path, backend)
     prompt = read_prompt(model_path)
     tokenizer = load_tokenizer(model_path)

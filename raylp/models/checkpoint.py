@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from raylp.errors import UserError
-from raylp.models.load import read_config, safetensors_header
+from raylp.models.files import CARD, checkpoint_files, files_beside, safetensors_header, weight_files
+from raylp.models.load import read_config
 from raylp.models.view import without_layers
 
-CARD = "raylp.json"
-_WRITTEN_BY_SAVE = ("config.json", "model.safetensors.index.json", CARD, "manifest.json")
 _INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
 _NOT_TEXT = ("vision", "visual", "audio", "image")
-_BESIDE_WEIGHTS = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
 def save_checkpoint(model: Any, source: Path, target: Path, card: dict[str, Any], removed: Iterable[int] = ()) -> None:
@@ -41,20 +39,16 @@ def write_card(path: Path, card: dict[str, Any]) -> None:
 
 def copy_beside_weights(source: Path, target: Path) -> None:
     """Tokenizer, chat template, generation and processor configuration: all that is not weights or config.json."""
-    for pattern in _BESIDE_WEIGHTS:
-        for file in source.glob(pattern):
-            if file.name not in _WRITTEN_BY_SAVE:
-                shutil.copyfile(file, target / file.name)
+    for file in files_beside(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def copy_checkpoint(source: Path, target: Path, link: bool = False) -> None:
-    """All files of a checkpoint but its card and the run's own manifest; with `link`, none takes its room twice where
-    both are on one disk.
+    """The files that a checkpoint needs, without raylp's card; with `link`, none takes its room twice where both are on
+    one disk.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name in (CARD, "manifest.json"):
-            continue
+    for file in checkpoint_files(source):
         try:
             (os.link if link else shutil.copyfile)(file.resolve(), target / file.name)
         except OSError:
@@ -82,7 +76,7 @@ def quantised_facts(card: dict[str, Any] | None) -> dict[str, Any]:
 def count_parameters(path: Path) -> tuple[int, int]:
     """Parameters and bytes of weights in `path`, from the files' headers; tied weights are stored and counted once."""
     parameters = size = 0
-    for file in path.glob("*.safetensors"):
+    for file in weight_files(path):
         for tensor in safetensors_header(file).values():
             count = 1
             for length in tensor["shape"]:
@@ -149,7 +143,7 @@ def numbered_tensors(path: Path) -> dict[str, Any]:
 def _entries(path: Path) -> dict[str, Any]:
     """What the headers of all files say, by tensor."""
     entries: dict[str, Any] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in weight_files(path):
         entries |= safetensors_header(file)
     return entries
 

@@ -1,21 +1,26 @@
 """A checkpoint directory into memory, without running anybody's code."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from raylp.errors import UserError
+from raylp.models.files import safetensors_header, weight_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_config(path: Path) -> Any:
-    """The configuration of the checkpoint in `path`."""
+    """The configuration of the checkpoint in `path`.
+
+    Raises:
+        UserError: it is not there, or transformers does not know what it says.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise UserError(f"model {path}: transformers cannot read its config.json: {error}") from error
 
 
@@ -52,23 +57,14 @@ def stored_dtype(path: Path) -> str:
     """The data type most of the weights in `path` are stored in, counted in bytes."""
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     sizes: dict[str, int] = {}
-    for file in path.glob("*.safetensors"):
+    for file in weight_files(path):
         for tensor in safetensors_header(file).values():
             start, end = tensor["data_offsets"]
             sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - start
     if not sizes:
-        raise UserError(f"model {path}: no tensors in its *.safetensors")
+        raise UserError(f"model {path}: there are no tensors in its weights")
     largest = max(sizes, key=lambda name: sizes[name])
     return names.get(largest, "bfloat16")
-
-
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """Name, shape, dtype and place of every tensor in a safetensors file, read from its first bytes only."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return header
 
 
 def model_class(path: Path) -> Any:

@@ -16,13 +16,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from raylp.errors import UserError
+from raylp.models.files import CONFIG, check_checkpoint, read_object, weight_files
 
 PACKAGE_PREFIX = "package:"
-_LICENCE = re.compile(r"^(license|license_name):[ \t]*(\S.*)$", re.MULTILINE)
 _NOTICE = re.compile(r"^(licen[cs]e|notice|copying|use_policy)|_terms\b", re.IGNORECASE)
-LICENCES = {"gemma": "Gemma Terms of Use, https://ai.google.dev/gemma/terms"}
+# By model_type, terms that bind whatever is made of the weights. Gemma 4's licence, Apache-2.0, does not.
+LICENCES = dict.fromkeys(
+    ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "recurrent_gemma", "vaultgemma"),
+    "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+)
 
 
 def cache_dir() -> Path:
@@ -54,7 +59,7 @@ def locate(name: str, revision: str | None = None, tell: Callable[[str], None] =
 
 def fingerprint(path: Path) -> str:
     """SHA-256 over the configuration and weights in `path`, 16 hex digits; remembered by size and time of change."""
-    files = sorted(p for p in path.iterdir() if p.name == "config.json" or p.suffix == ".safetensors")
+    files = sorted([path / CONFIG, *weight_files(path)])
     known = cache_dir() / "fingerprints"
     stamp = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     note = known / hashlib.sha256(stamp.encode()).hexdigest()
@@ -75,26 +80,38 @@ def fingerprint(path: Path) -> str:
 
 def licence(path: Path) -> str | None:
     """The licence of the checkpoint in `path`, from its model card or its family; None when neither tells."""
-    card = path / "README.md"
-    stated = _LICENCE.findall(card.read_text(encoding="utf-8")) if card.exists() else []
-    names = {key: value.strip().strip("\"'") for key, value in stated}
-    if (found := names.get("license_name") or names.get("license")) and found != "other":
-        return found
-    family = json.loads((path / "config.json").read_text()).get("model_type", "")
-    return next((terms for name, terms in LICENCES.items() if family.startswith(name)), None)
+    card = _front_matter(path / "README.md")
+    for key in ("license", "license_name"):
+        values = card.get(key)
+        names = [" ".join(v.split()) for v in (values if isinstance(values, list) else [values]) if isinstance(v, str)]
+        if stated := [name for name in names if name not in ("", "other", "unknown")]:
+            return ", ".join(stated)
+    try:
+        return LICENCES.get(str(read_object(path / CONFIG).get("model_type")))
+    except UserError:
+        return None
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    """What a model card says in the YAML at its beginning; nothing where it cannot be read."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def _require_checkpoint(path: Path, name: str) -> None:
-    if not (path / "config.json").exists():
-        raise UserError(f"model {name!r}: {path} has no config.json, so it is not a checkpoint")
-    config = json.loads((path / "config.json").read_text())
-    if "auto_map" in config:
+    if not (path / CONFIG).exists():
+        raise UserError(f"model {name!r}: {path} has no {CONFIG}, so it is not a checkpoint")
+    if "auto_map" in read_object(path / CONFIG):
         raise UserError(
             f"model {name!r} wants to run its own code (auto_map in config.json), which raylp never does: "
             f"use a model whose architecture transformers knows"
         )
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"model {name!r}: {path} has no *.safetensors; other formats can run code and are not read")
+    check_checkpoint(path)
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -113,7 +130,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         "USE_POLICY*",
     ]
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="consolidated*"))
     except RepositoryNotFoundError as error:
         raise UserError(f"model {name!r} is neither a local directory nor on the hub (or it needs a token)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -133,8 +150,7 @@ def _from_package(package: str, tell: Callable[[str], None]) -> Path:
     target = cache_dir() / "models" / key
     if (target / "raylp-converted").exists():
         return target
-    terms = LICENCES["gemma"] if "gemma" in package else "see the package's own licence"
-    tell(f"converting {package} to safetensors, once, into {target} (licence: {terms})")
+    tell(f"converting {package} to safetensors, once, into {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         gguf = _gguf_file(distribution, Path(scratch))
@@ -144,6 +160,7 @@ def _from_package(package: str, tell: Callable[[str], None]) -> Path:
         if target.exists():
             shutil.rmtree(target)
         made.rename(target)
+    tell(f"licence of {package}: {licence(target) or 'not stated, look it up in the package'}")
     return target
 
 
@@ -192,7 +209,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def find_notices(name: str) -> list[Path]:
+def find_notices(name: str, revision: str | None = None) -> list[Path]:
     """Licence texts and notices that come with the model `name`, where it is on this machine; nothing is fetched."""
     if name.startswith(PACKAGE_PREFIX):
         try:
@@ -201,17 +218,20 @@ def find_notices(name: str) -> list[Path]:
             return []
         found = [Path(str(file.locate())) for file in files]
     else:
-        place = Path(name) if Path(name).is_dir() else _fetched(name)
+        place = find_fetched(name, revision)
         found = list(place.iterdir()) if place else []
     return sorted(file for file in found if _NOTICE.search(file.name) and file.is_file())
 
 
-def _fetched(name: str) -> Path | None:
-    """The directory of a hub model that was fetched before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def find_fetched(name: str, revision: str | None = None) -> Path | None:
+    """The checkpoint `name` where it is on this machine, as a directory or in the hub's cache; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
+    if name and Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        config = try_to_load_from_cache(name, CONFIG, revision=revision)
+    except HFValidationError:
         return None
+    return Path(config).parent if isinstance(config, str) else None

@@ -1,11 +1,12 @@
 """The stage that quantises models of the run: a checkpoint for each model and scheme, made in a process of its own."""
 
+import importlib.metadata
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from raylp import cluster, machine
 from raylp.bench.ideal import work
 from raylp.beside import COMPRESSOR
 from raylp.context import Context
+from raylp.data.corpus import Pair
 from raylp.data.prompt import beside_examples
+from raylp.data.splits import text_hash
 from raylp.data.tokens import examples_of
 from raylp.errors import UserError
 from raylp.models.checkpoint import (
@@ -21,6 +24,7 @@ from raylp.models.checkpoint import (
     copy_beside_weights,
     copy_checkpoint,
     layer_costs,
+    quantised_facts,
     quantised_layers,
     read_card,
     read_tensors,
@@ -47,12 +51,12 @@ def quantize(context: Context) -> dict[str, Any]:
     section = _section(context)
     whole = {name: path for name, path in context.models().items() if whole_of(name) == name}
     models = choose_models(section.models, whole, "quantize.models")
-    texts = calibration(context, section) if section.calibrated else []
+    pairs = calibration(context, section) if section.calibrated else []
     made = []
     for name, path in models.items():
         for scheme in section.schemes:
             target = f"{name}-{scheme}"
-            _make(context, section, target, path, scheme, texts)
+            _make(context, section, target, path, scheme, pairs)
             size = sizes(context.rundir.local(f"models/{target}"))["bytes"]
             made.append({"model": target, "bytes": size, "bytes_before": sizes(path)["bytes"]})
     return {"models": made}
@@ -110,11 +114,26 @@ def _check_groups(path: Path, group_size: int, on_cpu: bool) -> None:
         )
 
 
-def calibration(context: Context, section: Quantize) -> list[list[int]]:
-    """Token ids of training pairs as the model sees them: prompt and translation."""
+def calibration(context: Context, section: Quantize) -> list[Pair]:
+    """The training pairs that weights are calibrated on."""
     pairs = beside_examples(context.splits.train, context.prompt.examples, section.sentences)
     if not pairs:
         raise UserError("quantize: no training pair is left beside the prompt's examples: add training text")
+    return pairs
+
+
+def is_made(there: dict[str, Any] | None, card: dict[str, Any]) -> bool:
+    """Whether a variant's card says what `card` does, but for the library's version, and for the calibration text where
+    an earlier raylp did not note it.
+    """
+    known, told = quantised_facts(there), card["quantized"]
+    unnoted = {key: told[key] for key in ("calibration",) if key in told}
+    found = {key: value for key, value in (unnoted | known).items() if key != "version"}
+    return there is not None and {**there, "quantized": found} == card
+
+
+def _tokens(context: Context, pairs: Sequence[Pair]) -> list[list[int]]:
+    """Token ids of training pairs as the model sees them: prompt and translation."""
     examples = examples_of(pairs, context.prompt, load_tokenizer(context.original))
     return [[*example.prompt, *example.target] for example in examples]
 
@@ -131,11 +150,11 @@ def _matrices(layer: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [tuple(shape) for shape in own.values() if len(shape) == 2]
 
 
-def _make(context: Context, section: Quantize, name: str, source: Path, scheme: str, texts: list[list[int]]) -> None:
+def _make(context: Context, section: Quantize, name: str, source: Path, scheme: str, pairs: Sequence[Pair]) -> None:
     kind = SCHEMES[scheme]
     told: dict[str, Any] = {"scheme": scheme, "of": fingerprint(source), "maker": kind.maker, "bits": kind.bits}
     if kind.calibrated:
-        told["sentences"] = len(texts)
+        told |= {"sentences": len(pairs), "calibration": {"split": "train", "sha256": text_hash(pairs)}}
     if scheme in ("gptq", "awq"):
         told["group_size"] = section.group_size
     # What the packed weights no longer show.
@@ -150,13 +169,18 @@ def _make(context: Context, section: Quantize, name: str, source: Path, scheme: 
         context.recipe.model.name, fingerprint(context.original), "", [], context.prompt.model_dump(mode="json")
     )
     card = {**card, "quantized": told}
-    if context.rundir.complete(f"models/{name}") and read_card(context.rundir.local(f"models/{name}")) == card:
+    if context.rundir.complete(f"models/{name}") and is_made(read_card(context.rundir.local(f"models/{name}")), card):
         return
     if kind.maker == "vllm":  # it quantises the weights each time it loads them
         with context.rundir.building(f"models/{name}") as target:
             copy_checkpoint(source, target, link=True)
             write_card(target, card)
         return
+    command, version = [sys.executable, "-m", "raylp.quantize.bits"], importlib.metadata.version("bitsandbytes")
+    if kind.maker == "llm-compressor":
+        python, version = COMPRESSOR.require()
+        command = [str(python), str(COMPRESS)]
+    card["quantized"] = {**told, "version": version}
     log = context.rundir.logs() / f"quantize-{name}.log"
     with (
         context.reporter.task(f"quantize {name}") as task,
@@ -169,12 +193,9 @@ def _make(context: Context, section: Quantize, name: str, source: Path, scheme: 
             "target": str(target),
             "scheme": scheme,
             "group_size": section.group_size,
-            "texts": texts if kind.calibrated else [],
+            "texts": _tokens(context, pairs) if kind.calibrated else [],
         }
         job.write_text(json.dumps(content))
-        command = [sys.executable, "-m", "raylp.quantize.bits"]
-        if kind.maker == "llm-compressor":
-            command = [str(COMPRESSOR.require()[0]), str(COMPRESS)]
 
         def beat() -> None:
             reached = LAYER.findall(log.read_text(errors="replace"))
