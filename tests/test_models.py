@@ -363,3 +363,12 @@ def test_what_was_fetched_of_the_hub_is_found_by_its_revision(tmp_path: Path, mo
         assert [file.read_text() for file in find_notices("owner/base", revision)] == [text]
     assert find_fetched("owner/base", "v2") is find_fetched("owner/other") is find_fetched("") is None
     assert find_notices("owner/other") == find_notices("") == []
+
+
+def test_a_tokenizer_cut_short_is_told(toy_checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(toy_checkpoint, broken)
+    whole = (broken / "tokenizer.json").read_text()
+    (broken / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        load_tokenizer(broken)

@@ -137,12 +137,16 @@ def load_quantised(path: Path, dtype: str = "float32", device: str = "cpu", sche
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer beside the weights, with a padding token."""
+    """The tokenizer beside the weights, with a padding token.
+
+    Raises:
+        UserError: it is not there, or broken.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # the library under it raises nothing narrower
         raise UserError(f"model {path}: its tokenizer cannot be read: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
