@@ -6,7 +6,7 @@ For each run raylp's endpoint starts anew with the model under two names, an eng
 `raylp bench` does: in turn, A B then B A, the ratio of pairs with its interval, a verdict. Then once more, with each
 answer of the second held back for `--slower` of the time it took; both lead through one relay, which passes the others
 on as they come. By its interval, one of twenty runs may find a difference by chance. A run is kept in `--keep` when it
-is done, and not made again.
+is done, and not made again with the same settings.
 """
 
 import argparse
@@ -51,12 +51,14 @@ def main() -> None:
     context, _, path = open_run(given.run, given.model)
     prompts = sentences_that_fit(context, given.requests, given.output_tokens)
     load, answering = Load("closed", given.concurrency), Answering(given.output_tokens, stream=False)
-    runs = read(given.keep)
+    settings = {key: value for key, value in vars(given).items() if key not in ("runs", "keep")}
+    runs = [run for run in read(given.keep) if run["settings"] == settings][: given.runs]
     while len(runs) < given.runs:
         with endpoint(context, dict.fromkeys(NAMES, path)) as served, relay(served.url, given.slower) as ways:
             for name in NAMES:
                 measure(served.url, name, prompts, load, answering)
             run = {way: compare(ways, way, prompts, load, answering, given.repeats) for way in WAYS}
+            run["settings"] = settings
         with given.keep.open("a") as stream:
             stream.write(json.dumps(run) + "\n")
         runs.append(run)

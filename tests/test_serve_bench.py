@@ -22,6 +22,7 @@ from typing import Any
 import browser
 import httpx
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 import toy
@@ -32,7 +33,7 @@ from hypothesis import strategies as st
 
 from raylp.bench.batches import check_room
 from raylp.bench.config import Bench
-from raylp.bench.ideal import ideal, work
+from raylp.bench.ideal import Text, ideal, work
 from raylp.bench.load import Answering, Load, Measurement, Timing, arrivals, measure
 from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.bench.stage import (
@@ -252,6 +253,16 @@ def test_memory_is_that_of_the_processes_with_the_mark() -> None:
     assert MemoryMeter.of_mark("RAYLP_TEST_MARK", "there").peak() is None
 
 
+def test_a_process_that_died_meanwhile_has_no_memory() -> None:
+    """Until somebody asks how it ended it is still listed."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        meter = MemoryMeter(lambda: [psutil.Process(process.pid), psutil.Process()])
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert (meter.peak() or 0) > 1e6
+
+
 # --- the clients, against a server that takes a known time ---
 
 
@@ -380,7 +391,7 @@ def test_ideal_speedup_of_a_known_model(toy_checkpoint: Path, tmp_path: Path) ->
     pruned = tmp_path / "pruned"
     save_checkpoint(load_model(toy_checkpoint), toy_checkpoint, pruned, {}, REMOVED)
     left = toy.TRUTH.num_layers - len(REMOVED)
-    found = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000": 1000}, 0, 2, 1)
+    found = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000": 1000}, Text(0), 2)
     expected = (toy.TRUTH.num_layers * layer + vocabulary) / (left * layer + vocabulary)
     assert found["pruned"]["speedup"]["c1"]["by_bytes"] == pytest.approx(expected)
     assert found["pruned"]["speedup"]["c1"]["by_operations"] == pytest.approx(expected)
@@ -388,17 +399,19 @@ def test_ideal_speedup_of_a_known_model(toy_checkpoint: Path, tmp_path: Path) ->
     assert set(found["whole"]["speedup"]["c1"].values()) == {1.0}
     # A prompt asks the vocabulary once, for its last token; the part that is known from others costs nothing.
     long, short = (
-        ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1}, 0, 2, 1000, cached)["pruned"]["speedup"]["c1"]
-        for cached in (0, 999)
+        ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1}, text, 2)["pruned"]["speedup"]["c1"]
+        for text in (Text(1000, 0, 8), Text(1000, 999, 8))
     )
     assert long["prompt_by_operations"] == pytest.approx(toy.TRUTH.num_layers / left, rel=1e-2)
     assert 1 < expected < short["prompt_by_operations"] < long["prompt_by_operations"]
-    assert whole.prompt_multiply_adds(1, 0) == pytest.approx(whole.multiply_adds(1, 0.5))
+    assert short["by_operations"] < long["request_by_operations"] < long["prompt_by_operations"]
+    assert whole.prompt_multiply_adds(Text(1)) == pytest.approx(whole.multiply_adds(1, 0.5))
+    told = Text(0, answer=5)
+    assert whole.request_multiply_adds(told) == pytest.approx(whole.vocabulary + 4 * whole.multiply_adds(1, 2.5))
 
     # With many sequences and long contexts, keys and values are what is read, and these are the layers' alone.
-    crowd = ideal({"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000000": 10**6}, 1000, 2, 1)["pruned"][
-        "speedup"
-    ]
+    models, loads = {"whole": toy_checkpoint, "pruned": pruned}, {"c1": 1, "c1000000": 10**6}
+    crowd = ideal(models, loads, Text(1000), 2)["pruned"]["speedup"]
     assert crowd["c1"]["by_bytes"] < crowd[f"c{10**6}"]["by_bytes"]
     assert crowd[f"c{10**6}"]["by_bytes"] == pytest.approx(toy.TRUTH.num_layers / left, rel=1e-3)
 
@@ -654,7 +667,7 @@ def test_batches_are_measured_without_an_endpoint(context: Context, tmp_path: Pa
             per_s = speed["output_tokens_per_s"]["value"] / speed["requests_per_s"]["value"]
             assert 4 < per_s < 12, "a toy sentence has so many tokens"
             place = plan_bench(quick).places[name]
-            row = context.rundir.read_json(f"{place}/{setting}-r0.json")
+            row = context.rundir.read_json(f"{place}/{setting}-max8-r0.json")
             assert row["measurement"]["counts"]["requests"] == sentences
     made = result["ratios"][PRUNED]["transformers-b8"]
     assert (
@@ -701,8 +714,9 @@ def test_what_failed_is_measured_again(context: Context, tmp_path: Path) -> None
 
 def test_what_prompts_have_in_common() -> None:
     prompts = [Request((1, 2, 3, tail), 8) for tail in (4, 5)] + [Request((1, 2, 7, 4, 5, 6), 8)]
-    assert prompt_lengths(prompts) == (14 / 3, 2)
-    assert prompt_lengths(prompts[:1] * 2) == (4, 3), "the last token is always read"
+    assert prompt_lengths(prompts, 1) == (14 / 3, 2)
+    assert prompt_lengths(prompts[:1] * 2, 1) == (4, 3), "the last token is always read"
+    assert prompt_lengths(prompts[:2], 2) == (4, 2), "whole blocks"
 
 
 def test_models_that_do_not_fit_together_are_refused() -> None:

@@ -47,7 +47,7 @@ class BatchWorker(Worker):
         """What `memory` tells is from now on."""
         import torch
 
-        self._memory = MemoryMeter([psutil.Process()])
+        self._memory = MemoryMeter(lambda: [psutil.Process()])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 

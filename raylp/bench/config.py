@@ -22,7 +22,7 @@ class Bench(Section):
     `models`: names of models of the run (`healed` and `pruned`: the run's own of the kind), measured in turn, `repeats`
     times; by default the baseline, the healed or else pruned model, and what either was quantised to. Of fewer than
     five repeats nothing is concluded. A measurement is `requests` requests, or two for each client if that is more;
-    before all, `warmup` go to each model, or to each engine for batches as many as the largest batch.
+    before all, `warmup` go to each model, and a batch of each size to each engine.
     `output_tokens`: of every answer; null: as many as the translation has.
     `metric`: by which models are compared, chosen before measuring; `goodput`: the most ms of `ttft_ms`, `tpot_ms`
     or `e2e_ms` for a request to count as good.
@@ -46,6 +46,11 @@ class Bench(Section):
         closed = [Load("closed", clients) for clients in self.concurrency]
         batches = [Load("batch", size, backend) for backend in self.backends for size in self.batches]
         return [*closed, *(Load("open", rate) for rate in self.rates), *batches]
+
+    @property
+    def largest_batch(self) -> int:
+        """Sentences that an engine computes at a time."""
+        return max(self.batches, default=0)
 
     def num_requests(self, load: Load) -> int:
         """Requests of one measurement; all clients are busy for most of it, and every batch is full."""

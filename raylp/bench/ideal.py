@@ -16,6 +16,20 @@ from raylp.models.load import head_dim, kv_per_token, read_config
 
 
 @dataclass(frozen=True)
+class Text:
+    """Tokens of a request, on average: of its prompt, of which the first `shared` are known from others, and answer."""
+
+    prompt: float
+    shared: float = 0
+    answer: float = 0
+
+    @property
+    def context(self) -> float:
+        """Tokens before the one that is made."""
+        return self.prompt + self.answer / 2
+
+
+@dataclass(frozen=True)
 class Work:
     """Weights, as counts of numbers. `layers`: read for every token; `experts`: of which each token uses a part.
 
@@ -56,18 +70,16 @@ class Work:
         token = self.layers + share * self.experts + self.vocabulary + context * self.attention_per_token
         return concurrency * token
 
-    def prompt_multiply_adds(self, prompt: float, cached: float) -> float:
-        """Multiply-adds that read a prompt of so many tokens, the first `cached` of which are known from earlier ones.
-
-        Only the last token asks the vocabulary.
-        """
+    def prompt_multiply_adds(self, text: Text) -> float:
+        """Multiply-adds that read a prompt, whose last token alone asks the vocabulary."""
         share = self.experts_used / self.num_experts if self.num_experts else 1.0
-        attended = (prompt**2 - cached**2) / 2
-        return (
-            (prompt - cached) * (self.layers + share * self.experts)
-            + attended * self.attention_per_token
-            + self.vocabulary
-        )
+        inside = (text.prompt - text.shared) * (self.layers + share * self.experts)
+        attended = (text.prompt**2 - text.shared**2) / 2
+        return inside + attended * self.attention_per_token + self.vocabulary
+
+    def request_multiply_adds(self, text: Text) -> float:
+        """Multiply-adds of a whole request; its first token comes with reading the prompt."""
+        return self.prompt_multiply_adds(text) + max(0, text.answer - 1) * self.multiply_adds(1, text.context)
 
 
 def work(path: Path) -> Work:
@@ -95,21 +107,14 @@ def work(path: Path) -> Work:
     )
 
 
-def ideal(
-    models: dict[str, Path],
-    loads: Mapping[str, int],
-    context: float,
-    bytes_per_number: int,
-    prompt: float,
-    cached: float = 0,
-) -> dict[str, Any]:
+def ideal(models: dict[str, Path], loads: Mapping[str, int], text: Text, bytes_per_number: int) -> dict[str, Any]:
     """For each model: its parts in bytes and multiply-adds a token, and the best speed-up over the first one by load.
 
     `by_bytes` and `by_operations` are of a step that gives each sequence a token, `prompt_by_operations` of reading a
-    prompt. `loads`: by name, how many sequences are at work at a time; `context`: tokens before the one that is made,
-    on average; `prompt`: tokens of a prompt, of which the first `cached` are the same in all and read once. Sliding
-    windows are not looked at.
+    prompt, `request_by_operations` of both; `loads`: by name, how many sequences are at work at a time. Sliding windows
+    are not looked at.
     """
+    context = text.context
     works = {name: work(path) for name, path in models.items()}
     first = next(iter(works.values()))
     return {
@@ -127,8 +132,8 @@ def ideal(
                     "by_bytes": first.bytes_read(at_once, context, bytes_per_number)
                     / own.bytes_read(at_once, context, bytes_per_number),
                     "by_operations": first.multiply_adds(at_once, context) / own.multiply_adds(at_once, context),
-                    "prompt_by_operations": first.prompt_multiply_adds(prompt, cached)
-                    / own.prompt_multiply_adds(prompt, cached),
+                    "prompt_by_operations": first.prompt_multiply_adds(text) / own.prompt_multiply_adds(text),
+                    "request_by_operations": first.request_multiply_adds(text) / own.request_multiply_adds(text),
                 }
                 for load, at_once in loads.items()
             },

@@ -121,7 +121,10 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Measurement":
-        timings = [Timing(**{**t, "itl_ms": tuple(t.get("itl_ms", ()))}) for t in value["timings"]]
+        timings = [
+            Timing(**{**t, "tpot_ms": t["tpot_ms"] or None, "itl_ms": tuple(t.get("itl_ms", ()))})
+            for t in value["timings"]
+        ]
         return cls(timings, value["errors"], value["seconds"], value.get("counts", {}))
 
 

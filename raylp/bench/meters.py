@@ -96,9 +96,9 @@ class MemoryMeter:
     the process's own now. Where the peak cannot be set back, or there is none, it is what is held now.
     """
 
-    def __init__(self, processes: Iterable[psutil.Process]) -> None:
-        self._processes = list(processes)
-        self._kept = {process.pid for process in self._processes if _forget_peak(process.pid)}
+    def __init__(self, find: Callable[[], Iterable[psutil.Process]]) -> None:
+        self._find = find
+        self._older = {process.pid for process in find() if not _forget_peak(process.pid)}
 
     @classmethod
     def of_mark(cls, variable: str, mark: str) -> "MemoryMeter":
@@ -110,16 +110,16 @@ class MemoryMeter:
             except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
                 return False
 
-        return cls(filter(has_mark, psutil.process_iter()))
+        return cls(lambda: filter(has_mark, psutil.process_iter()))
 
     def peak(self) -> int | None:
-        """Bytes, the processes' peaks added up; None where none of them runs here any more."""
+        """Bytes, the processes' peaks added up, those that started meanwhile too; None where none runs here now."""
         found = []
-        for process in self._processes:
+        for process in self._find():
             try:
-                above = _above_now(process.pid) if process.pid in self._kept else 0
+                above = 0 if process.pid in self._older else _above_now(process.pid)
                 found.append(process.memory_full_info().uss + above)
-            except (psutil.Error, OSError):
+            except (psutil.Error, OSError):  # ended meanwhile
                 continue
         return sum(found) if found else None
 
@@ -134,7 +134,10 @@ def _forget_peak(pid: int) -> bool:
 
 
 def _above_now(pid: int) -> int:
-    """Bytes by which the peak of a process's resident memory exceeds what is resident now."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    """Bytes by which the peak of a process's resident memory exceeds what is resident now, as far as that is told."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
     sizes = {name: int(size) for name, size in re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB", status, re.MULTILINE)}
-    return 1024 * max(0, sizes["VmHWM"] - sizes["VmRSS"])
+    return 1024 * max(0, sizes["VmHWM"] - sizes["VmRSS"]) if len(sizes) == 2 else 0

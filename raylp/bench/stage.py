@@ -19,14 +19,14 @@ import psutil
 from raylp import cluster
 from raylp.bench.batches import check_room, measure_batch, resident
 from raylp.bench.config import ENOUGH_REPEATS, Bench
-from raylp.bench.ideal import ideal
+from raylp.bench.ideal import Text, ideal
 from raylp.bench.load import SEED, Answering, Load, Measurement, measure
 from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
 from raylp.errors import UserError
 from raylp.generate.base import Request
-from raylp.generate.vllm_engine import BYTES_PER_WEIGHT
+from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_BLOCK
 from raylp.machine import SERVING, machine, versions
 from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
@@ -59,6 +59,7 @@ _ENGINE_SETTINGS = {
 }
 # Of a process with transformers, without weights; measured on a CPU, 16 sentences at once, 262144 tokens.
 TRANSFORMERS_BYTES = 1.5e9
+GPU_BLOCK = 16  # tokens of a block of vLLM's cache on a GPU
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 RATES = ("output_tokens_per_s", "input_tokens_per_s", "total_tokens_per_s", "requests_per_s")
 
@@ -88,7 +89,8 @@ class Plan:
 
     def file(self, cell: Cell) -> str:
         """Where the measurement is kept in the run directory."""
-        return f"{self.places[cell.model]}/{cell.load.name}-r{cell.repeat}.json"
+        engine = f"-max{self.config.largest_batch}" if cell.load.kind == "batch" else ""
+        return f"{self.places[cell.model]}/{cell.load.name}{engine}-r{cell.repeat}.json"
 
     @property
     def exactly(self) -> bool:
@@ -138,27 +140,31 @@ def bench(context: Context) -> dict[str, Any]:
     if others:
         raise UserError(
             f"{context.rundir.url}/bench has measurements in {dtype} and in {', '.join(others)}, made with and without "
-            f"GPUs: set serve.dtype, or remove it to measure again"
+            f"GPUs: set serve.dtype, or remove that directory to measure again"
         )
     measured = {cell: Measurement.from_dict(row["measurement"]) for cell, row in found.items()}
     table = summary(list(models), config, measured)
     each = [m.tokens / (m.requests_per_s * m.seconds) for m in measured.values() if m.requests_per_s]
     at_work = {load.name: int(load.value) for load in config.loads if load.kind != "open"}
-    prompt_tokens, shared = prompt_lengths(plan.prompts)
-    length = prompt_tokens + sum(each) / max(1, len(each)) / 2
+    on_gpus = bool(machine()["gpus"]) and context.recipe.serve.gpus != 0
+    prompt_tokens, shared = prompt_lengths(plan.prompts, GPU_BLOCK if on_gpus else CPU_BLOCK)
+    text = Text(prompt_tokens, shared, sum(each) / max(1, len(each)))
     result = {
         "schema": 1,
         "models": table,
         "ratios": ratios(list(models), config, measured),
         "metric": config.metric,
         "sizes": {name: sizes(path) for name, path in models.items()},
-        "ideal": ideal(models, at_work, length, BYTES_PER_WEIGHT[dtype], prompt_tokens, shared),
+        "ideal": ideal(models, at_work, text, BYTES_PER_WEIGHT[dtype]),
         "goodput_within_ms": config.goodput,
         **resources(list(models), config, found),
         "machine": {**machine(), "dtype": dtype},
         "versions": versions(SERVING),
         "requests": config.requests,
-        "distinct_prompts": len({tuple(prompt.tokens) for prompt in plan.prompts}),
+        "distinct_prompts": {
+            load.name: len({tuple(prompt.tokens) for prompt in plan.prompts[: config.num_requests(load)]})
+            for load in config.loads
+        },
         "output_tokens": config.output_tokens,
         "repeats": config.repeats,
         "errors": sum(len(measurement.errors) for measurement in measured.values()),
@@ -263,7 +269,6 @@ def measure_batches(context: Context, plan: Plan) -> None:
     cluster.start_afresh(context.recipe.resources)
     gpus = gpu_share(context.recipe.serve.gpus, len(plan.models), ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(context.recipe.serve, context.recipe.model.dtype, gpus)
-    most = int(max(cell.load.value for cell in waiting))
     config, length = plan.config, engine_length(context.recipe.serve, context.baseline)
     start = secrets.token_hex(4)
     total = sum(config.num_requests(cell.load) for cell in waiting)
@@ -278,13 +283,14 @@ def measure_batches(context: Context, plan: Plan) -> None:
                 }
                 check_room(needed, psutil.virtual_memory().available)
             log = context.rundir.logs() / "bench"
-            with resident(list(models), gpus, context.prompt.newline, log, most) as workers:
+            with resident(list(models), gpus, context.prompt.newline, log, config.largest_batch) as workers:
                 ready_s = {}
                 for name, worker in workers.items():
                     task.advance(0, f"starting {name}, {backend}")
                     ready_s[name] = ray.get(worker.start.remote(str(models[name]), backend, dtype, length))
-                    # As many rows as there will be: what an engine sets up for a size, it sets up now.
-                    ray.get(worker.answer.remote(warming(plan.prompts, max(most, config.warmup)), True))
+                    # What an engine sets up for a size, it sets up now.
+                    for size in sorted({int(cell.load.value) for cell in own}):
+                        ray.get(worker.answer.remote(warming(plan.prompts, size), True))
                 for cell in own:
                     tell = partial(task.advance, note=f"{cell.model}, {_told(cell.load)}")
                     hand = plan.prompts[: config.num_requests(cell.load)]
@@ -380,7 +386,7 @@ def failures(found: Mapping[Cell, Measurement]) -> dict[str, dict[str, int]]:
 def resources(models: Sequence[str], config: Bench, rows: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
     """Memory and start-up time by model and engine, energy by model and setting, as far as they were noted.
 
-    {"memory_bytes": {model: {engine: the most after a measurement}}, "gpu_bytes": the same, "ready_s": {model:
+    {"memory_bytes": {model: {engine: the most of a measurement}}, "gpu_bytes": the same, "ready_s": {model:
     {engine: the longest start}}, "energy": {model: {setting: S in joules for 1,000 tokens of answers}}}; engines are
     `endpoint` and `bench.backends`.
     """
@@ -456,12 +462,15 @@ def sentences_that_fit(context: Context, count: int, exactly: int | None) -> lis
     return [fitting[i % len(fitting)] for i in range(count)]
 
 
-def prompt_lengths(prompts: Sequence[Request]) -> tuple[float, int]:
-    """Tokens of a prompt, on average, and of the beginning that all have in common, less than a whole one."""
+def prompt_lengths(prompts: Sequence[Request], block: int) -> tuple[float, int]:
+    """Tokens of a prompt, on average, and of the beginning that all have in common and an engine knows from others.
+
+    vLLM keeps whole blocks of so many tokens, and always reads a prompt's last token.
+    """
     lengths = [len(prompt.tokens) for prompt in prompts]
     columns = zip(*(prompt.tokens for prompt in prompts), strict=False)
     shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-    return sum(lengths) / len(lengths), min(shared, min(lengths) - 1)
+    return sum(lengths) / len(lengths), min(shared, min(lengths) - 1) // block * block
 
 
 def warming(prompts: Sequence[Request], count: int) -> list[Request]:

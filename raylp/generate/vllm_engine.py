@@ -68,12 +68,12 @@ class VLLMGenerator:
         options: dict[str, Any] = {**engine_options(path)}
         if skippable:
             options |= {"worker_extension_cls": _EXTENSION, "enforce_eager": True}
+        if at_once is not None:
+            options["max_num_seqs"] = at_once
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             request_amx()
             options |= cpu_options(path, dtype, self.max_model_len, at_once or CPU_SEQUENCES)
-        elif at_once is not None:
-            options["max_num_seqs"] = at_once
         with _in_this_process():
             from vllm import LLM
 

@@ -66,7 +66,7 @@ def check_checkpoint(path: Path) -> None:
         UserError: config.json or weights are not there, or one of the files is broken or a pointer of git-lfs.
     """
     read_object(path / CONFIG)
-    for file in checkpoint_files(path):
+    for file in files_beside(path):
         _refuse_pointer(file)
     for file in weight_files(path):
         safetensors_header(file)
@@ -110,8 +110,10 @@ def safetensors_header(file: Path) -> dict[str, Any]:
 
 
 def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as stream:
-        if stream.read(len(_POINTER)) == _POINTER:
-            raise UserError(
-                f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {file.parent}"
-            )
+    try:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if is_pointer:
+        raise UserError(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in {file.parent}")

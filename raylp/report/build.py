@@ -37,14 +37,6 @@ PAGE = "report/index.html"
 SENTENCES_SHOWN = 12
 SENTENCES_AT_MOST = 300
 PLOTS_SHOWN = 6
-UNITS = {
-    "tpot_ms": "ms per token",
-    "ttft_ms": "ms to the first token",
-    "itl_ms": "ms between tokens",
-    "e2e_ms": "ms for a request",
-    "output_tokens_per_s": "tokens/s",
-    "requests_per_s": "requests/s",
-}
 
 
 def report(rundir: RunDir, out: TextIO | None) -> str:
@@ -111,7 +103,8 @@ def render_page(contents: Contents) -> str:
         measured_how=derive.measured_how(contents),
         taken=derive.taken(contents),
         compared=derive.compared(contents),
-        compared_by=derive.METRICS.get(str(contents.bench.get("metric")), "speed"),
+        metrics={name: words for name, (words, _) in derive.METRICS.items()},
+        told=contents.bench.get("metric"),
         plots_shown=PLOTS_SHOWN,
     )
 
@@ -156,7 +149,8 @@ def tiles(contents: Contents, facts: Facts) -> list[dict[str, str]]:
     gain = derive.main_gain(contents, facts.gains, cut.name) if cut else None
     if gain:
         best = derive.ideal(contents, gain)
-        note = f"{numbers.significant(gain.was.value)} → {numbers.significant(gain.now.value)} {UNITS[gain.measure]}"
+        was, now = (numbers.significant(stat.value) for stat in (gain.was, gain.now))
+        note = f"{was} → {now} {derive.METRICS[gain.measure][1]}"
         note += f", {numbers.setting(gain.setting)}" + (f"; ideal {numbers.times(best)}" if best else "")
         note += f"; {gain.doubt}" if gain.doubt else ""
         found.append(_tile("Speed", numbers.times(gain.ratio.value), note))

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raylp.bench.config import ENOUGH_REPEATS
 from raylp.report import numbers
 from raylp.report.contents import Contents, Model, Stat, batch_size, engine, mapping, read_stat
+
+NOISY = "too noisy to tell"
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,18 @@ class Gain:
 
 @dataclass(frozen=True)
 class Compared:
-    """What the benchmark concludes of a model under a load. `by`: in words, where it is not the metric it was told."""
+    """What the benchmark concludes of a model under a load, by `metric`. `doubt`: why it is nothing, in words."""
 
     model: str
     over: str
     setting: str
-    by: str
+    metric: str
     ratio: Stat
-    said: str
+    doubt: str
+
+    @property
+    def said(self) -> str:
+        return self.doubt or ("faster" if self.ratio.value > 1 else "slower")
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,15 @@ class Facts:
     headline: str
 
 
-SPEED_MEASURES = {
-    "tpot_ms": "time per output token",
-    "ttft_ms": "time to first token",
-    "e2e_ms": "whole request",
-    "output_tokens_per_s": "output tokens per second",
+# What a benchmark may conclude by, with the unit that follows a figure.
+METRICS = {
+    "tpot_ms": ("time per output token", "ms per token"),
+    "ttft_ms": ("time to first token", "ms to the first token"),
+    "e2e_ms": ("time of a whole request", "ms a request"),
+    "output_tokens_per_s": ("output tokens per second", "tokens/s"),
+    "itl_ms": ("time between tokens", "ms between tokens"),
+    "requests_per_s": ("requests per second", "requests/s"),
 }
-# What a benchmark may conclude by.
-METRICS = {**SPEED_MEASURES, "itl_ms": "time between tokens", "requests_per_s": "requests per second"}
-NOISY = "too noisy to tell"
 
 
 def find_facts(contents: Contents) -> Facts:
@@ -154,35 +161,37 @@ def find_gains(contents: Contents) -> list[Gain]:
                 now = model.measure(setting, measure)
                 if model.name == reference.name or was is None or now is None or min(was.value, now.value) <= 0:
                     continue
-                paired = paired_ratio(contents, model.name, reference.name, setting, measure)
-                ratio = paired or (_ratio(now, was) if measure.endswith("_per_s") else _ratio(was, now))
-                found = mapping(_dig(contents.bench, "ratios", model.name, setting)) if paired else {}
-                doubt = _doubt(ratio, str(found.get("verdict") or ""))
+                found = compare(contents, model.name, setting)
+                if found and (found.over, found.metric) == (reference.name, measure):
+                    ratio, doubt = found.ratio, found.doubt
+                else:
+                    ratio = _ratio(now, was) if measure.endswith("_per_s") else _ratio(was, now)
+                    doubt = NOISY if _holds_one(ratio) else ""
                 gains.append(Gain(model.name, reference.name, setting, measure, ratio, was, now, doubt))
     return gains
 
 
 def compared(contents: Contents) -> list[Compared]:
     """What the benchmark concludes, by the one metric it was told to conclude by, in the order of its loads."""
-    told = contents.bench.get("metric")
-    found = []
-    for setting in contents.settings:
-        for model, settings in mapping(contents.bench.get("ratios")).items():
-            entry = mapping(settings.get(setting))
-            stat = read_stat(entry)
-            if stat is not None:
-                by = entry.get("metric", told)
-                said = _doubt(stat, entry["verdict"]) or entry["verdict"]
-                words = METRICS.get(str(by), "") if by != told else ""
-                found.append(Compared(model, entry["over"], setting, words, stat, said))
-    return found
+    models = mapping(contents.bench.get("ratios"))
+    found = (compare(contents, model, setting) for setting in contents.settings for model in models)
+    return [each for each in found if each is not None]
 
 
-def _doubt(ratio: Stat, verdict: str) -> str:
-    """Why a ratio shows nothing: it may as well be 1, or it is of few repeats and the benchmark's verdict is open."""
-    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
-        return NOISY
-    return "too few repeats to tell" if verdict == "unclear" else ""
+def compare(contents: Contents, model: str, setting: str) -> Compared | None:
+    """What the benchmark concludes of a model under a load, from repeats measured side by side."""
+    entry = mapping(_dig(contents.bench, "ratios", model, setting))
+    ratio = read_stat(entry)
+    if ratio is None:
+        return None
+    metric = str(entry.get("metric") or contents.bench.get("metric"))
+    few = "too few repeats to tell" if (ratio.n or 0) < ENOUGH_REPEATS else ""
+    doubt = NOISY if _holds_one(ratio) else few
+    return Compared(model, str(entry.get("over")), setting, metric, ratio, doubt)
+
+
+def _holds_one(ratio: Stat) -> bool:
+    return ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -192,13 +201,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         return any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points)
 
     return sorted((i for i, point in enumerate(points) if not beaten(*point)), key=lambda i: points[i])
-
-
-def paired_ratio(contents: Contents, model: str, reference: str, setting: str, measure: str) -> Stat | None:
-    """How many times as fast, from repeats measured side by side, where the benchmark compared these two by this."""
-    found = mapping(_dig(contents.bench, "ratios", model, setting))
-    by = found.get("metric", contents.bench.get("metric"))
-    return read_stat(found) if by == measure and found.get("over") == reference else None
 
 
 def _ratio(above: Stat, below: Stat) -> Stat:
@@ -216,14 +218,22 @@ def _ratio(above: Stat, below: Stat) -> Stat:
 
 
 def ideal(contents: Contents, gain: Gain) -> float | None:
-    """The most that fewer bytes (decoding reads every weight) or operations (reading the prompt) can give."""
-    bound = "prompt_by_operations" if gain.measure == "ttft_ms" else "by_bytes"
-    ideals = [
-        _dig(contents.bench, "ideal", name, "speedup", gain.setting, bound) for name in (gain.model, gain.reference)
-    ]
+    """The most that fewer bytes (decoding reads every weight) or operations (reading the prompt) can give; of a whole
+    request, which is both, the larger.
+    """
+    bounds = {"tpot_ms": ["by_bytes"], "itl_ms": ["by_bytes"], "ttft_ms": ["prompt_by_operations"]}
+    ours, theirs = (
+        mapping(_dig(contents.bench, "ideal", name, "speedup", gain.setting)) for name in (gain.model, gain.reference)
+    )
     # bench.json holds them over the first model it measured, which need not be the reference.
-    ours, theirs = (value if isinstance(value, (int, float)) and value > 0 else None for value in ideals)
-    return None if ours is None or theirs is None else ours / theirs
+    return max(
+        (
+            ours[bound] / theirs[bound]
+            for bound in bounds.get(gain.measure, ["by_bytes", "request_by_operations"])
+            if ours.get(bound) and theirs.get(bound)
+        ),
+        default=None,
+    )
 
 
 def measured_how(contents: Contents) -> str:
@@ -241,8 +251,9 @@ def measured_how(contents: Contents) -> str:
     said += ", the models in turn"
     if not bench:
         return said + "."
-    if prompts := bench.get("distinct_prompts"):
-        said += f", with {numbers.anything(prompts)} different prompts"
+    if prompts := sorted(set(mapping(bench.get("distinct_prompts")).values())):
+        counts = " to ".join(dict.fromkeys(map(numbers.anything, (prompts[0], prompts[-1]))))
+        said += f", with {counts} different prompts"
     if tokens:
         return said + f"; every answer has {numbers.anything(tokens)} tokens, the same for every model."
     return said + "; an answer has as many tokens as the model gives it, so models that say less are done sooner."
@@ -341,8 +352,8 @@ def main_gain(contents: Contents, gains: Iterable[Gain], model: str) -> Gain | N
     own = [gain for gain in gains if gain.model == model]
 
     def is_concluded_by(gain: Gain) -> bool:
-        found = mapping(_dig(contents.bench, "ratios", model, gain.setting))
-        return gain.measure == (found.get("metric") or contents.bench.get("metric") or "tpot_ms")
+        found = compare(contents, model, gain.setting)
+        return gain.measure == (found.metric if found else contents.bench.get("metric") or "tpot_ms")
 
     return next(filter(is_concluded_by, own), None) or next(iter(own), None)
 
@@ -379,6 +390,6 @@ def _quality_words(contents: Contents, cut: Model, reference: Model, kept: list[
 
 
 def _speed_words(gain: Gain, joined: bool) -> str:
-    verb, by = ("decodes", "") if gain.measure == "tpot_ms" else ("is", f" by {METRICS[gain.measure]}")
+    verb, by = ("decodes", "") if gain.measure == "tpot_ms" else ("is", f" by {METRICS[gain.measure][0]}")
     said = f"{verb} {numbers.times(gain.ratio.value)} as fast" + ("" if joined else " as the baseline") + by
     return said + (f" ({gain.doubt})" if gain.doubt else "")

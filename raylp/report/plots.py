@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from raylp.names import SCHEMES, kind_of, whole_of
 from raylp.report import numbers
 from raylp.report.contents import Candidate, HealLog, Model, Plan, Round, Stat
-from raylp.report.facts import SPEED_MEASURES, Gain, pareto_front
+from raylp.report.facts import METRICS, Gain, pareto_front
 from raylp.report.search_words import LIKELIHOOD_LOSS, measure_label, measure_value
 
 INK, MUTED, FAINT, GRID = "#1c2430", "#5d6875", "#a3abb5", "#e6e8ea"
@@ -419,7 +419,7 @@ def plot_speed(
 ) -> str:
     """How many times as fast as the baseline; an open diamond is what the smaller size alone would give."""
     names = [model for model in models if any(gain.model == model.name for gain in gains)]
-    measures = [measure for measure in SPEED_MEASURES if any(gain.measure == measure for gain in gains)]
+    measures = [measure for measure in METRICS if any(gain.measure == measure for gain in gains)]
     with _axes(1.1 + 0.27 * len(measures) * (len(names) + 1), grid="x") as (figure, axes):
         axes.axvline(1, color=MUTED, linewidth=1, zorder=1)
         row, ticks = 0.0, []
@@ -446,7 +446,7 @@ def plot_speed(
                         markerfacecolor="none", markeredgewidth=1.1,
                     )  # fmt: skip
                 row += 1
-            ticks.append(((first + row - 1) / 2, SPEED_MEASURES[measure]))
+            ticks.append(((first + row - 1) / 2, METRICS[measure][0]))
             row += 1.2
         if ideals:
             axes.plot(

@@ -93,7 +93,8 @@ def speed_table(contents: Contents) -> Table:
 
 def ratio_table(contents: Contents) -> Table:
     """What the benchmark concludes, by the one metric it was told to conclude by."""
-    metric = METRICS.get(str(contents.bench.get("metric")), "speed")
+    told = str(contents.bench.get("metric"))
+    metric, _ = METRICS.get(told, ("speed", ""))
     table = _table(f"Times as fast, by {metric}, repeat by repeat, with 95% intervals")
     table.add_column("model", no_wrap=True)
     table.add_column("load")
@@ -102,7 +103,7 @@ def ratio_table(contents: Contents) -> Table:
     for found in compared(contents):
         stat = found.ratio
         ratio = f"{numbers.times(stat.value)} ({numbers.times(stat.low)} to {numbers.times(stat.high)})"
-        load = numbers.setting(found.setting) + (f", by {found.by}" if found.by else "")
+        load = numbers.setting(found.setting) + (f", by {METRICS[found.metric][0]}" if found.metric != told else "")
         table.add_row(escape(f"{found.model} over {found.over}"), escape(load), ratio, found.said)
     return table
 
