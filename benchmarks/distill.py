@@ -40,15 +40,18 @@ def main() -> None:
     given = parser.parse_args()
     if given.limit <= 2 * given.batch_size:
         parser.error("--limit: give several times the rows of a batch")
+    from raylp.generate.vllm_engine import ONE_PROCESS
+
     found: dict[str, list[dict[str, float]]] = {"raylp": [], "plain vLLM": []}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(given.repeats):
             job = Path(scratch) / "job.pickle"
             found["raylp"].append(by_raylp(given, Path(scratch) / f"run-{turn}", job))
-            env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"}
+            env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **({} if _gpu() else ONE_PROCESS)}
             command = [sys.executable, __file__, "--plain", str(job)]
             told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
-            found["plain vLLM"].append(json.loads(told.strip().splitlines()[-1]))
+            (line,) = (line for line in told.splitlines() if line.startswith("{"))  # vLLM may say something after it
+            found["plain vLLM"].append(json.loads(line))
     print_table(found)
 
 

@@ -33,7 +33,7 @@ from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
-from raylp.generate.vllm_engine import CPU_WORKER, cpu_options
+from raylp.generate.vllm_engine import CPU_WORKER, ONE_PROCESS, cpu_options
 from raylp.quantize.engines import engine_options
 from raylp.serve.endpoint import endpoint, engine_length, engine_threads, num_sequences, serve_dtype
 
@@ -88,7 +88,7 @@ class bare_vllm:  # noqa: N801
             self.port = probe.getsockname()[1]
         config = context.recipe.serve
         gpus = torch.cuda.device_count()
-        self.threads = {} if gpus else {"OMP_NUM_THREADS": str(engine_threads(config))}
+        self.threads = {} if gpus else {**ONE_PROCESS, "OMP_NUM_THREADS": str(engine_threads(config))}
         dtype, length = serve_dtype(config, context.recipe.model.dtype, gpus), engine_length(config, path)
         options = {"model": path, "dtype": dtype, "max-model-len": length, "port": self.port, "host": "127.0.0.1"}
         options["generation-config"] = "vllm"
@@ -97,6 +97,7 @@ class bare_vllm:  # noqa: N801
             mine |= {"gpu_memory_utilization": 0.9 * SHARE, "max_num_seqs": 2 * config.target_ongoing_requests}
         else:
             mine |= {**cpu_options(path, dtype, length, num_sequences(config)), "worker_cls": CPU_WORKER}
+            mine["distributed_executor_backend"] = "uni"
         options |= {key.replace("_", "-"): value for key, value in mine.items()}
         self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         for key, value in options.items():

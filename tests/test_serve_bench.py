@@ -601,6 +601,9 @@ def test_endpoint_and_bench(context: Context, toy_data: dict[str, Path], tmp_pat
     with endpoint(context, models, notes.append) as served:
         url = served.url
         assert set(served.ready_s) == set(models)
+        titles = [" ".join(process.cmdline()) for process in psutil.process_iter() if process.status() != "zombie"]
+        assert sum("VLLM::EngineCore" in title for title in titles) == 2
+        assert not any("VLLM::Worker" in title for title in titles), "the engine's process computes too"
         port = int(url.rpartition(":")[2])
         speaks_openai(url)
         translates(url, context)
@@ -898,7 +901,7 @@ def test_the_file_for_a_cluster_builds_the_same_endpoint(context: Context, tmp_p
         PRUNED,
     ]
     for config in application.args["llm_configs"]:
-        assert config["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(max(1, cores() - 1))
+        assert config["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(cores())
     assert build(application.args) is not None
     with pytest.raises(UserError, match=r"serve.port: 0 means any free port"):
         deploy_file(context)

@@ -21,6 +21,9 @@ from raylp.quantize.engines import check_cpu, engine_of, engine_options
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
+# On a CPU vLLM otherwise gives the model a process of its own, for which the engine's waits without sleeping: a core
+# less and a gigabyte more. It does so to set OMP's variables, which are set here before a process starts.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 GPU_MEMORY = 0.85  # share of a GPU's memory that an engine takes
 CPU_SEQUENCES = 64
 CPU_BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
@@ -242,7 +245,7 @@ def _in_this_process() -> Iterator[None]:
     """
     import torch
 
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    settings = ONE_PROCESS
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",

@@ -24,7 +24,7 @@ from raylp import cluster
 from raylp.context import Context
 from raylp.data.languages import pair_of
 from raylp.errors import UserError
-from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_options, kv_cache_bytes
+from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, ONE_PROCESS, cpu_options, kv_cache_bytes
 from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
@@ -192,7 +192,7 @@ def serve_args(
         else:
             engine |= cpu_options(path, dtype, engine_length(config, path), num_sequences(config))
             engine["worker_cls"] = CPU_WORKER
-            env["OMP_NUM_THREADS"] = str(engine_threads(config))
+            env |= {**ONE_PROCESS, "OMP_NUM_THREADS": str(engine_threads(config))}
             bundle = {"CPU": 0}
         configs.append(
             {
@@ -215,7 +215,7 @@ def serve_args(
                 },
                 "engine_kwargs": engine,
                 "runtime_env": {"env_vars": env},
-                "callback_config": {"callback_class": "raylp.serve.callback.LocalCheckpoint"},
+                "callback_config": {"callback_class": "raylp.serve.callback.Prepare"},
                 # Ray's default holds tokens back up to 50 ms and sends them bunched.
                 "experimental_configs": {"stream_batching_interval_ms": 0},
                 "log_engine_metrics": False,
@@ -373,13 +373,12 @@ def num_sequences(config: Serve) -> int:
 
 
 def engine_threads(config: Serve) -> int:
-    """Threads of an engine on a CPU: the cores, shared by a model's replicas, less one; `serve.cpus` if that is more.
+    """Threads of an engine on a CPU: the cores, shared by a model's replicas; `serve.cpus` if that is more.
 
-    Ray would give a replica with one CPU one thread. One core is for vLLM's scheduler, a process of its own that does
-    not sleep while there is work (vLLM reserves one too). How many models there are changes nothing, so that the speed
-    of one does not depend on who else is served and waits.
+    Ray would give a replica with one CPU one thread. How many models there are changes nothing, so that the speed of
+    one does not depend on who else is served and waits.
     """
-    return max(1, int(config.cpus), cluster.cores() // config.replicas - 1)
+    return max(1, int(config.cpus), cluster.cores() // config.replicas)
 
 
 def engine_bytes(path: Path) -> float:
