@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet
 import pytest
+import torch
 import toy
 import uvicorn
 import yaml
@@ -463,7 +464,14 @@ def test_gpus_are_shared_evenly() -> None:
     assert gpu_share("auto", 2, 1) == 0.5
     assert gpu_share("auto", 3, 2) == 0.5, "three halves fit on two, three times two thirds do not"
     assert gpu_share(0.25, 2, 1) == 0.25
-    assert serve_dtype(Serve(), "float32", 0) == serve_dtype(Serve(), "auto", 1) == "bfloat16"
+
+
+def test_what_a_cpu_computes_itself_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serve_dtype(Serve(), "auto", 1) == "bfloat16"
+    for found, dtype in (("avx512_bf16", "bfloat16"), ("avx512_f", "float32")):
+        capable = {"architecture": "x86_64", found: True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: capable)
+        assert serve_dtype(Serve(), "auto", 0) == serve_dtype(Serve(), "bfloat16", 0) == dtype
     assert serve_dtype(Serve(), "float32", 1) == "float32"
     assert serve_dtype(Serve(dtype="float16"), "float32", 1) == "float16"
 

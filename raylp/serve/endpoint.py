@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import psutil
 import yaml
 
-from raylp import cluster
+from raylp import cluster, machine
 from raylp.context import Context
 from raylp.data.languages import pair_of
 from raylp.errors import UserError
@@ -327,7 +327,9 @@ def serve_dtype(config: Serve, model_dtype: str, gpus: float) -> str:
     """
     if config.dtype != "auto":
         return config.dtype
-    return model_dtype if gpus and model_dtype != "auto" else "bfloat16"
+    if gpus:
+        return "bfloat16" if model_dtype == "auto" else model_dtype
+    return "bfloat16" if machine.computes_bfloat16() else "float32"
 
 
 def engine_length(config: Serve, path: Path) -> int:
