@@ -88,7 +88,8 @@ class Distill(Section):
     checkpoint, or `likelihood` (the teacher's own, a token); `temperature`: 0 for one sample and 0.7 for several.
     `top_k`: so many of the teacher's probabilities are kept for every token, to learn from.
     `batch_size`: sentences that are saved together; what was not is translated again after a crash. `dtype`: of the
-    teacher in vLLM (auto: bfloat16). `gpus_per_engine`: tensor parallelism, for a teacher too large for one GPU.
+    teacher in vLLM (auto: bfloat16, or float32 on a CPU of this machine that does not multiply bfloat16 itself).
+    `gpus_per_engine`: tensor parallelism, for a teacher too large for one GPU.
     """
 
     teacher: str = "base"

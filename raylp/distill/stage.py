@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from raylp import cluster
+from raylp import cluster, machine
 from raylp.config import changed
 from raylp.context import Context
 from raylp.data.corpus import Pair
@@ -36,6 +36,7 @@ from raylp.metrics.registry import full_name, is_comet
 from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import heartbeat
+from raylp.recipe import Resources
 from raylp.rundir import RunDir
 
 WORK = ".work/distill"
@@ -137,6 +138,14 @@ def _copy(source: RunDir, name: str, target: RunDir, place: str) -> None:
                 shutil.copyfile(file, scratch / file.name)
 
 
+def engine_dtype(config: Distill, resources: Resources) -> str:
+    """As the recipe says; if that is auto, bfloat16, or float32 on a CPU of this machine that is slow with it."""
+    if config.dtype != "auto":
+        return config.dtype
+    is_here = not (resources.address or os.environ.get("RAY_ADDRESS"))
+    return "float32" if is_here and not cluster.num_gpus() and not machine.computes_bfloat16() else "bfloat16"
+
+
 def _teacher(context: Context, config: Distill) -> Teacher:
     path = context.baseline
     if config.teacher != "base" and config.endpoint is None:
@@ -145,7 +154,7 @@ def _teacher(context: Context, config: Distill) -> Teacher:
     tokenizer = load_tokenizer(path)
     text_config = read_config(path).get_text_config(decoder=True)
     rule = stop_rule(tokenizer, [text_config, read_generation_config(path)], context.prompt.newline)
-    return Teacher(path, tokenizer, rule, "bfloat16" if config.dtype == "auto" else config.dtype)
+    return Teacher(path, tokenizer, rule, engine_dtype(config, context.recipe.resources))
 
 
 def _check_words(context: Context, config: Distill, teacher: Teacher) -> None:
