@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 import toy
 from conftest import toy_recipe
 from hypothesis import given
@@ -30,12 +31,12 @@ from raylp.distill.config import Distill, Filters
 from raylp.distill.filters import HeldOut, Judge, Row, alike, usual_length_ratios
 from raylp.distill.parts import Parts, Said
 from raylp.distill.select import best, by_likelihood
-from raylp.distill.stage import distill, unique_ids
+from raylp.distill.stage import distill, engine_dtype, unique_ids
 from raylp.errors import UserError
 from raylp.heal.config import Heal
 from raylp.heal.stage import _examples
 from raylp.progress import Reporter
-from raylp.recipe import parse_recipe
+from raylp.recipe import Resources, parse_recipe
 from raylp.rundir import RunDir
 
 GOOD = Row("en-de", "The house is very old.", "Das Haus ist sehr alt.", "Das Haus ist ganz alt.", "stop")
@@ -378,3 +379,14 @@ def test_a_driver_killed_three_times_translates_the_same(tmp_path: Path, toy_dat
     )
     assert len({row["id"] for row in killed}) == len(killed) == 200
     assert killed == whole
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs multiply bfloat16")
+def test_the_teachers_dtype_is_one_that_is_quick_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for found, dtype in (("avx512_bf16", "bfloat16"), ("avx512_f", "float32")):
+        capable = {"architecture": "x86_64", found: True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: capable)
+        assert engine_dtype(Distill(), Resources()) == dtype
+    assert engine_dtype(Distill(dtype="float16"), Resources()) == "float16"
+    assert engine_dtype(Distill(), Resources(address="auto")) == "bfloat16", "what computes there is not known here"
