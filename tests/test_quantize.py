@@ -14,7 +14,7 @@ from conftest import toy_recipe
 
 from raylp import machine
 from raylp.bench.config import Bench
-from raylp.bench.ideal import ideal
+from raylp.bench.ideal import Text, ideal
 from raylp.bench.load import Load
 from raylp.bench.stage import Cell, compared, runs, summary
 from raylp.beside import COMPRESSOR
@@ -169,7 +169,7 @@ def test_each_engine_runs_its_own(bits: tuple[Path, dict], capsys: pytest.Captur
 def test_ideal_counts_the_bytes_that_are_stored(bits: tuple[Path, dict]) -> None:
     run_dir, _ = bits
     names = (PRUNED, f"{PRUNED}-int8", f"{PRUNED}-nf4")
-    found = ideal({name: run_dir / "models" / name for name in names}, {"c1": 1}, 10, 2)
+    found = ideal({name: run_dir / "models" / name for name in names}, {"c1": 1}, Text(10), 2)
     whole, eight, four = (found[name] for name in names)
     assert whole["multiply_adds_per_token"] == eight["multiply_adds_per_token"] == four["multiply_adds_per_token"]
     assert 0.5 <= eight["bytes"]["layers"] / whole["bytes"]["layers"] < 0.6
@@ -218,7 +218,7 @@ def test_what_vllm_quantises_itself_takes_no_room_twice(
     assert engine_options(made) == {"quantization": "fp8_per_channel"} and engine_options(toy_checkpoint) == {}
     assert (engine_of(made), whole_of(made.name)) == ("vllm", "baseline")
     assert read_card(toy_checkpoint) is None, "the card is the variant's alone"
-    found = ideal({"baseline": toy_checkpoint, made.name: made}, {"c1": 1}, 10, 2)
+    found = ideal({"baseline": toy_checkpoint, made.name: made}, {"c1": 1}, Text(10), 2)
     assert found[made.name]["bytes"]["layers"] == found["baseline"]["bytes"]["layers"] / 2
 
 
