@@ -33,7 +33,7 @@ from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
-from raylp.generate.vllm_engine import CPU_WORKER, ONE_PROCESS, cpu_options
+from raylp.generate.vllm_engine import CPU_WORKER, cpu_environment, cpu_options
 from raylp.quantize.engines import engine_options
 from raylp.serve.endpoint import endpoint, engine_length, engine_threads, num_sequences, serve_dtype
 
@@ -88,7 +88,7 @@ class bare_vllm:  # noqa: N801
             self.port = probe.getsockname()[1]
         config = context.recipe.serve
         gpus = torch.cuda.device_count()
-        self.threads = {} if gpus else {**ONE_PROCESS, "OMP_NUM_THREADS": str(engine_threads(config))}
+        self.settings = {} if gpus else cpu_environment(engine_threads(config))
         dtype, length = serve_dtype(config, context.recipe.model.dtype, gpus), engine_length(config, path)
         options = {"model": path, "dtype": dtype, "max-model-len": length, "port": self.port, "host": "127.0.0.1"}
         options["generation-config"] = "vllm"
@@ -105,7 +105,7 @@ class bare_vllm:  # noqa: N801
 
     def __enter__(self) -> str:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)
-        env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", **self.threads}
+        env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", **self.settings}
         self.process = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, env=env, start_new_session=True)
         url = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + START_S

@@ -12,7 +12,7 @@ from raylp.data.tokens import Top
 from raylp.distill.config import Distill
 from raylp.distill.parts import Said
 from raylp.generate.base import Request, StopRule
-from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, ONE_PROCESS, cpu_options
+from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_environment, cpu_options
 
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
 RETRIES, RETRY_S, TIMEOUT_S = 5, 1.0, 600.0
@@ -130,7 +130,7 @@ def _options(config: Distill, teacher: Path, dtype: str, max_model_len: int, gpu
 def _environment(config: Distill, gpus: int) -> dict[str, str]:
     """Ray gives an actor with one CPU one thread; an engine on the CPU may have all the cores that are its share."""
     env = {**cluster.worker_env(), "VLLM_LOGGING_LEVEL": "WARNING"}
-    return env if gpus else {**env, **ONE_PROCESS, "OMP_NUM_THREADS": str(max(1, cluster.cores() // config.engines))}
+    return env if gpus else {**env, **cpu_environment(max(1, cluster.cores() // config.engines))}
 
 
 # --- an endpoint ---

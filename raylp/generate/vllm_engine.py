@@ -193,6 +193,11 @@ def _cause(error: Exception) -> str:
     return str(error)
 
 
+def cpu_environment(threads: int) -> dict[str, str]:
+    """What the processes of an engine on a CPU are started with, where it has processes of its own."""
+    return {**ONE_PROCESS, "OMP_NUM_THREADS": str(threads)}
+
+
 def cpu_options(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
     """What an engine on a CPU is told besides; memory is set aside for the logits of `max_num_seqs` too.
 
@@ -245,7 +250,6 @@ def _in_this_process() -> Iterator[None]:
     """
     import torch
 
-    settings = ONE_PROCESS
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -254,9 +258,9 @@ def _in_this_process() -> Iterator[None]:
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
-    before = {key: os.environ.get(key) for key in settings}
+    before = {key: os.environ.get(key) for key in ONE_PROCESS}
     set_num_threads = torch.set_num_threads
-    os.environ.update(settings)
+    os.environ.update(ONE_PROCESS)
     try:
         yield
     finally:

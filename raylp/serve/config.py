@@ -13,10 +13,10 @@ class Serve(Section):
     """`models`: names of models of the run, or all of them. The endpoint listens on `host`:`port` (0: any free one).
 
     `replicas`: of each model at least, `max_replicas`: at most, when more than `target_ongoing_requests` come at once.
-    `cpus`: logical CPUs of a replica; on a CPU its engine has at least so many threads, and all cores but one if it is
-    the only replica of its model. `gpus`: GPUs of one (auto: one, or an equal share when there are fewer; none on a
-    cluster without). `dtype`: of weights (auto: bfloat16, on GPUs what `model.dtype` names, and
-    float32 on a CPU that does not multiply bfloat16 itself).
+    `cpus`: logical CPUs of a replica; on a CPU its engine has at least so many threads, and all cores if it is the
+    only replica of its model. `gpus`: GPUs of one (auto: one, or an equal share when there are fewer; none on a
+    cluster without). `dtype`: of weights (auto: bfloat16, on GPUs what `model.dtype` names, and float32
+    on a CPU that does not multiply bfloat16 itself).
     `tensor_parallel`: GPUs that one engine's weights are spread over.
     `max_model_len`: the most tokens of a prompt and its answer. `ready_timeout_s`: how long a start may take;
     `drain_s`: how long a shutdown waits for requests at work.

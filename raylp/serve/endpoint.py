@@ -24,7 +24,7 @@ from raylp import cluster, machine
 from raylp.context import Context
 from raylp.data.languages import pair_of
 from raylp.errors import UserError
-from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, ONE_PROCESS, cpu_options, kv_cache_bytes
+from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_environment, cpu_options, kv_cache_bytes
 from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
@@ -192,7 +192,7 @@ def serve_args(
         else:
             engine |= cpu_options(path, dtype, engine_length(config, path), num_sequences(config))
             engine["worker_cls"] = CPU_WORKER
-            env |= {**ONE_PROCESS, "OMP_NUM_THREADS": str(engine_threads(config))}
+            env |= cpu_environment(engine_threads(config))
             bundle = {"CPU": 0}
         configs.append(
             {
