@@ -36,7 +36,7 @@ from raylp.progress import Reporter
 from raylp.quantize.config import Quantize
 from raylp.quantize.engines import check_cpu, engine_of, engine_options, identity, run_by
 from raylp.quantize.schemes import SCHEMES
-from raylp.quantize.stage import _check_groups, is_made
+from raylp.quantize.stage import _check_matrices, is_made
 from raylp.recipe import load_recipe, parse_recipe
 from raylp.report.build import report
 from raylp.report.contents import Model
@@ -215,7 +215,8 @@ def test_what_vllm_quantises_itself_takes_no_room_twice(
     assert (made / "model.safetensors").samefile(base / "model.safetensors")
     stray = {"README.md", "LICENSE", "consolidated.safetensors"}
     assert {file.name for file in made.iterdir()} - {CARD, "manifest.json"} == {f.name for f in base.iterdir()} - stray
-    assert engine_options(made) == {"quantization": "fp8_per_channel"} and engine_options(toy_checkpoint) == {}
+    assert engine_options(made) == {**engine_options(toy_checkpoint), "quantization": "fp8_per_channel"}
+    assert identity(made) == f"{fingerprint(made)}|fp8_per_channel"
     assert (engine_of(made), whole_of(made.name)) == ("vllm", "baseline")
     assert read_card(toy_checkpoint) is None, "the card is the variant's alone"
     found = ideal({"baseline": toy_checkpoint, made.name: made}, {"c1": 1}, Text(10), 2)
@@ -333,8 +334,14 @@ def test_names_of_models_are_checked_before_the_start(sections: dict, refused: s
 def test_groups_that_do_not_divide_are_refused() -> None:
     said = "group_size: 128 weights share a scale, but layers of the model have 64 inputs: set it to 64"
     with pytest.raises(UserError, match=said):
-        _check_groups(toy.tiny_random("llama"), 128, on_cpu=True)
-    _check_groups(toy.tiny_random("llama"), 64, on_cpu=True)
+        _check_matrices(toy.tiny_random("llama"), 128, on_cpu=True)
+    _check_matrices(toy.tiny_random("llama"), 64, on_cpu=True)
+
+
+def test_no_mixture_in_4_bits_on_a_cpu() -> None:
+    with pytest.raises(UserError, match="on a CPU, vLLM computes no mixture of experts with 4-bit weights"):
+        _check_matrices(toy.tiny_random("mixtral"), 64, on_cpu=True)
+    _check_matrices(toy.tiny_random("mixtral"), 64, on_cpu=False)
 
 
 @pytest.mark.skipif(num_gpus() > 0, reason="GPUs compute with 4 bits")

@@ -1,5 +1,6 @@
 """vLLM and transformers say the same, whole and without layers. The engines run in a Ray worker, as in a run."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_skipped_is_pruned(on_vllm: Translate, toy_checkpoint: Path, tmp_path: P
     with pytest.raises(UserError, match="may take 300 tokens, the engine holds 256"):
         on_vllm(pruned, [Request((5,) * 290, 10)], skippable=False)
     assert on_vllm(pruned, requests, skippable=False) == skipped, "the engine is none the worse for wrong requests"
+
+
+@pytest.mark.slow
+def test_mistrals_own_files_beside_are_not_read(on_vllm: Translate, toy_checkpoint: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(toy_checkpoint, both)
+    for name in ("params.json", "tekken.json"):
+        (both / name).write_text("{}")
+    (both / "consolidated.safetensors").write_bytes(b"nothing that could be read")
+    requests = toy_requests(load_tokenizer(toy_checkpoint), 4)
+    assert on_vllm(both, requests, skippable=False) == on_transformers(toy_checkpoint, requests)
 
 
 @pytest.mark.slow

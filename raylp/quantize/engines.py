@@ -29,14 +29,16 @@ def engine_of(path: Path) -> str | None:
 
 
 def engine_options(path: Path) -> dict[str, str]:
-    """What vLLM is told besides of the checkpoint in `path`, where it quantises the weights itself."""
-    scheme = quantised(path)
-    return {"quantization": scheme} if scheme and SCHEMES[scheme].maker == "vllm" else {}
+    """What vLLM is told besides of the checkpoint in `path`: which files are read, and how it quantises the weights.
+
+    Left to itself, vLLM prefers Mistral's own format where a directory has both.
+    """
+    return {"config_format": "hf", "load_format": "safetensors", **_quantization(path)}
 
 
 def identity(path: Path) -> str:
     """What translations of the checkpoint are filed under: its fingerprint, and what the engine makes of it."""
-    return "|".join([fingerprint(path), *engine_options(path).values()])
+    return "|".join([fingerprint(path), *_quantization(path).values()])
 
 
 def check_engine(path: Path, engine: str) -> None:
@@ -72,3 +74,9 @@ def run_by(engine: str, models: Mapping[str, Path], named: bool) -> dict[str, Pa
         for path in models.values():
             check_engine(path, engine)
     return {name: path for name, path in models.items() if engine_of(path) in (None, engine)}
+
+
+def _quantization(path: Path) -> dict[str, str]:
+    """As vLLM is told of weights that it quantises itself, as it loads them."""
+    scheme = quantised(path)
+    return {"quantization": scheme} if scheme and SCHEMES[scheme].maker == "vllm" else {}

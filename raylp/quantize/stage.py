@@ -94,12 +94,18 @@ def check(context: Context) -> None:
                 f"quantize.schemes: {name} computes in bfloat16 or float16: set {' and '.join(wrong)} to auto"
             )
     if {"gptq", "awq"} & set(section.schemes):
-        _check_groups(context.original, section.group_size, on_cpu=on_cpu)
+        _check_matrices(context.original, section.group_size, on_cpu=on_cpu)
 
 
-def _check_groups(path: Path, group_size: int, on_cpu: bool) -> None:
-    """The layers' matrices divide as vLLM's kernels want them."""
-    shapes = {shape for layer in read_tensors(path).layers for shape in _matrices(layer)}
+def _check_matrices(path: Path, group_size: int, on_cpu: bool) -> None:
+    """There are kernels of vLLM for the layers' matrices, and they divide as those want them."""
+    layers = read_tensors(path).layers
+    if on_cpu and any(".experts." in name for layer in layers for name in layer):
+        raise UserError(
+            "quantize.schemes: gptq and awq: on a CPU, vLLM computes no mixture of experts with 4-bit weights: leave "
+            "them out, or take w8a8 or nf4"
+        )
+    shapes = {shape for layer in layers for shape in _matrices(layer)}
     inputs, outputs = {shape[1] for shape in shapes}, {shape[0] for shape in shapes}
     if on_cpu and (odd := sorted(n for n in inputs | outputs if n % 32)):
         raise UserError(
