@@ -40,12 +40,12 @@ BEAT_S = 2.0
 LOOK_S = 10.0
 INGRESS_CPUS = 0.5
 PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
-# Measured with vLLM 0.29 on a CPU: the replica, its engine core and its worker are three processes with torch and vllm
-# in each, which hold tokenizers and logits besides (a model with 500 tokens takes 1.5 GB without weights and cache, one
-# with 262144 takes 3.5 GB). Ingress, controller, proxy and Ray itself are the rest.
-ENGINE_BYTES = 1.5e9
-ENGINE_BYTES_PER_TOKEN = 8e3
-SERVE_BYTES = 1.5e9
+# Measured with vLLM 0.29 on a CPU: the replica and its engine are two processes with torch and vllm in each, which hold
+# tokenizers and logits besides (a model with 500 tokens takes 1.2 GB without weights and cache, one with 262144 takes
+# 3.1 GB). Ingress, controller, proxy and Ray itself are the rest.
+ENGINE_BYTES = 1.2e9
+ENGINE_BYTES_PER_TOKEN = 7.5e3
+SERVE_BYTES = 2.1e9
 MIN_SEQUENCES = 16
 SEQUENCES_PER_CORE = 4
 _ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b.*)")
