@@ -1,5 +1,6 @@
 """The teacher at work: Ray Data with vLLM, or with an endpoint elsewhere. Batches come back as they are done."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from raylp.generate.base import Request, StopRule
 from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_environment, cpu_options
 
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
+# Rows an engine is given at a time, twice what it computes at once: so it stays full while a few long rows keep their
+# batch waiting. More would only be lost in a crash.
+ON_GPU, ON_CPU = 512, 2 * CPU_SEQUENCES
 RETRIES, RETRY_S, TIMEOUT_S = 5, 1.0, 600.0
 RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})
 OF_THE_ROW = frozenset({400, 413, 422})  # what a server refuses because of the text; all else is the server's state
@@ -58,8 +62,7 @@ def say(
             engine_kwargs=_options(config, teacher, dtype, max_model_len, gpus),
             concurrency=(config.engines, config.engines),
             batch_size=config.batch_size,
-            # A few batches overlap, so that the engine is never idle; on a CPU more would only be lost in a crash.
-            max_concurrent_batches=8 if gpus else 2,
+            max_concurrent_batches=max(2, math.ceil((ON_GPU if gpus else ON_CPU) / config.batch_size)),
             placement_group_config={"bundle_per_worker": {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}},
             runtime_env={"env_vars": _environment(config, gpus)},
             should_continue_on_error=True,
