@@ -70,6 +70,8 @@ def start(resources: "Resources") -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray keeps as many idle workers as it has logical CPUs; each holds 100 MB and wakes a hundred times a second.
     os.environ.setdefault("RAY_num_workers_soft_limit", str(cores()))
+    # Workers are as nice as this command is; by default Ray puts them behind every program, its own servers among them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     address = resources.address or os.environ.get("RAY_ADDRESS")
     if address:
         use_token()
