@@ -33,7 +33,12 @@ def engine_options(path: Path) -> dict[str, str]:
 
     Left to itself, vLLM prefers Mistral's own format where a directory has both.
     """
-    return {"config_format": "hf", "load_format": "safetensors", **_quantization(path)}
+    return {
+        "config_format": "hf",
+        "tokenizer_mode": "hf",
+        "load_format": "safetensors",
+        **_quantization(path),
+    }
 
 
 def identity(path: Path) -> str:
