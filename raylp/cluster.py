@@ -30,16 +30,19 @@ def num_gpus() -> int:
 
 def worker_env() -> dict[str, str]:
     """Environment of every Ray worker. Models are local directories by then, so nothing is fetched from a hub."""
+    defaults = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Serve's controller kills a proxy that is not ready in 5 s; on a busy machine the imports alone take longer.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+        # The controller looks at everything ten times a second by default, a twentieth of a slow core.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    }
     env = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
-        # Serve's controller kills a proxy that is not ready in 5 s; on a busy machine the imports alone take longer.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": os.environ.get("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"),
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": os.environ.get("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60"),
-        # The controller looks at everything ten times a second by default, a twentieth of a slow core.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": os.environ.get("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5"),
+        **{key: os.environ.get(key, value) for key, value in defaults.items()},
     }
     if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         env["VLLM_CPU_KVCACHE_SPACE"] = space
