@@ -33,8 +33,7 @@ from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit
 from raylp.bench.stats import ratio
 from raylp.context import Context
-from raylp.generate.vllm_engine import CPU_WORKER, cpu_environment, cpu_options
-from raylp.quantize.engines import engine_options
+from raylp.generate.vllm_engine import CPU_WORKER, cpu_environment, cpu_options, engine_options
 from raylp.serve.endpoint import endpoint, engine_length, engine_threads, num_sequences, serve_dtype
 
 START_S = 300

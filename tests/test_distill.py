@@ -260,12 +260,15 @@ def make_context(run_dir: Path, data: dict[str, Path], cache: str | None = None,
 def test_the_teacher_translates_every_row_once(tmp_path: Path, toy_data: dict[str, Path], ray_session: None) -> None:
     """Rows that are too long for the engine are in the table too, with the engine's own words as the reason.
 
-    Other runs that share its cache, or name it as theirs, take the table over.
+    The teacher comes with Mistral's own files beside, which are not read. Other runs that share its cache, or name it
+    as theirs, take the table over.
     """
+    teacher = str(toy.with_mistrals_own(toy.toy_model(), tmp_path / "teacher"))
     too_long = Pair("long", " ".join(["nefi"] * 300), "sivi", "xx-yy")
 
     def asks(name: str, cache: str) -> Context:
-        made = make_context(tmp_path / name, toy_data, str(tmp_path / cache), batch_size=8, limit=40, dtype="float32")
+        options = {"teacher": teacher, "batch_size": 8, "limit": 40, "dtype": "float32"}
+        made = make_context(tmp_path / name, toy_data, str(tmp_path / cache), **options)
         made.splits.train.insert(3, too_long)
         return made
 

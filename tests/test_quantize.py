@@ -26,6 +26,7 @@ from raylp.evaluate.stage import comparisons
 from raylp.export.export import export
 from raylp.generate.pool import make_generator
 from raylp.generate.translate import read_prompt, translate
+from raylp.generate.vllm_engine import engine_options
 from raylp.models.checkpoint import CARD, copy_checkpoint, quantised_layers, read_card, sizes, write_card
 from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint
@@ -34,7 +35,7 @@ from raylp.names import choose_models, kind_of, whole_of
 from raylp.pipeline import check_names, run
 from raylp.progress import Reporter
 from raylp.quantize.config import Quantize
-from raylp.quantize.engines import check_cpu, engine_of, engine_options, identity, run_by
+from raylp.quantize.engines import check_cpu, engine_of, identity, run_by
 from raylp.quantize.schemes import SCHEMES
 from raylp.quantize.stage import _check_matrices, is_made
 from raylp.recipe import load_recipe, parse_recipe

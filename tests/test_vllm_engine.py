@@ -1,15 +1,11 @@
 """vLLM and transformers say the same, whole and without layers. The engines run in a Ray worker, as in a run."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import toy
-from safetensors.torch import save_file
 
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
@@ -17,7 +13,6 @@ from raylp.generate.base import Output, Request
 from raylp.generate.pool import Worker
 from raylp.generate.transformers_view import TransformersGenerator
 from raylp.models.checkpoint import save_checkpoint
-from raylp.models.files import INDEX, WEIGHTS, safetensors_header
 from raylp.models.load import load_model, load_tokenizer
 
 Translate = Callable[..., list[Output]]
@@ -89,15 +84,7 @@ def test_skipped_is_pruned(on_vllm: Translate, toy_checkpoint: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_mistrals_own_files_beside_are_not_read(on_vllm: Translate, toy_checkpoint: Path, tmp_path: Path) -> None:
-    """As a model of Mistral's comes: weights in parts that an index names, and beside them all of it once more."""
-    both, part = tmp_path / "both", "model-00001-of-00001.safetensors"
-    shutil.copytree(toy_checkpoint, both)
-    names = safetensors_header(both / WEIGHTS)
-    (both / WEIGHTS).rename(both / part)
-    (both / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, part)}))
-    for name in ("params.json", "tekken.json"):
-        (both / name).write_text("{}")
-    save_file({"tok_embeddings.weight": torch.zeros(1)}, both / "consolidated.safetensors")
+    both = toy.with_mistrals_own(toy_checkpoint, tmp_path / "both")
     requests = toy_requests(load_tokenizer(toy_checkpoint), 4)
     assert on_vllm(both, requests, skippable=False) == on_transformers(toy_checkpoint, requests)
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -38,6 +39,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from raylp.models.files import INDEX, WEIGHTS, safetensors_header
 
 # The blank before the target belongs to the target, as byte-level tokenizers split it: prompt + " " + target + "\n".
 TOY_TEMPLATE = "{source} ="
@@ -420,6 +423,22 @@ def toy_model(directory: Path | None = None, kind: str = "llama", seed: int = TO
         _save(model, toy_tokenizer(), path)
 
     return _cached(directory, f"toy-{kind}-seed{seed}", write)
+
+
+def with_mistrals_own(checkpoint: Path, target: Path) -> Path:
+    """A copy as models of Mistral's come: weights in parts that an index names, and beside them all of it once more.
+
+    What is there once more is of no use here, so whoever reads it fails.
+    """
+    part = "model-00001-of-00001.safetensors"
+    shutil.copytree(checkpoint, target)
+    names = safetensors_header(target / WEIGHTS)
+    (target / WEIGHTS).rename(target / part)
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, part)}))
+    for name in ("params.json", "tekken.json"):
+        (target / name).write_text("{}")
+    save_file({"tok_embeddings.weight": torch.zeros(1)}, target / "consolidated.safetensors")
+    return target
 
 
 def tiny_random(kind: str, directory: Path | None = None, num_layers: int = 6) -> Path:

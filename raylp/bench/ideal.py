@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylp.models.checkpoint import layer_costs, quantised_facts, read_card, read_tensors, vocabulary_size
+from raylp.models.checkpoint import is_expert, layer_costs, quantised_facts, read_card, read_tensors, vocabulary_size
 from raylp.models.load import head_dim, kv_per_token, read_config
 
 
@@ -91,7 +91,7 @@ def work(path: Path) -> Work:
     config = read_config(path).get_text_config(decoder=True)
     tensors = read_tensors(path)
     inside = {name: entry["shape"] for layer in tensors.layers for name, entry in layer.items()}
-    experts = {name: shape for name, shape in inside.items() if ".experts." in name}
+    experts = {name: shape for name, shape in inside.items() if is_expert(name)}
     quantised = quantised_facts(read_card(path))
     in_experts = quantised.get("expert_params", 0) if quantised else sum(map(math.prod, experts.values()))
     in_layers = sum(quantised["layer_params"]) if quantised else sum(map(math.prod, inside.values()))

@@ -13,7 +13,7 @@ from raylp.data.tokens import Top
 from raylp.distill.config import Distill
 from raylp.distill.parts import Said
 from raylp.generate.base import Request, StopRule
-from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_environment, cpu_options
+from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_environment, cpu_options, engine_options
 
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
 # Rows an engine is given at a time, twice what it computes at once: so it stays full while a few long rows keep their
@@ -117,6 +117,7 @@ def _top(places: Sequence[dict[int, float]], k: int) -> Top:
 
 def _options(config: Distill, teacher: Path, dtype: str, max_model_len: int, gpus: int) -> dict[str, Any]:
     options: dict[str, Any] = {
+        **engine_options(teacher),
         "dtype": dtype,
         "max_model_len": max_model_len,
         "generation_config": "vllm",  # the checkpoint's own sampling settings are not wanted

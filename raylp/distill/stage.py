@@ -36,6 +36,7 @@ from raylp.metrics.registry import full_name, is_comet
 from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.source import fingerprint, locate
 from raylp.progress import heartbeat
+from raylp.quantize.engines import identity
 from raylp.recipe import Resources
 from raylp.rundir import RunDir
 
@@ -55,7 +56,7 @@ class Teacher:
 
     def name(self, config: Distill) -> str:
         """What its translations are filed under."""
-        return f"{config.endpoint} {config.teacher}" if config.endpoint else f"{fingerprint(self.path)} {self.dtype}"
+        return f"{config.endpoint} {config.teacher}" if config.endpoint else f"{identity(self.path)} {self.dtype}"
 
 
 def distill(context: Context) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from raylp.errors import UserError
 from raylp.generate.base import VLLM_LENGTH, Asked, Output, Request, stop_rule, to_output
 from raylp.models.load import kv_per_token, load_tokenizer, max_positions, read_config, read_generation_config
 from raylp.models.view import check_removed
-from raylp.quantize.engines import check_cpu, engine_of, engine_options
+from raylp.quantize.engines import check_cpu, engine_of, quantization
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -191,6 +191,14 @@ def _cause(error: Exception) -> str:
     if "failed to be inspected" in str(error) and importlib.util.find_spec("torchvision") is None:
         return "it is of a kind that also sees images, and vLLM needs torchvision for it, which is not installed"
     return str(error)
+
+
+def engine_options(path: Path) -> dict[str, str]:
+    """What vLLM is told of the checkpoint in `path`: to read transformers' files, and how to quantise the weights.
+
+    Left to itself, vLLM prefers Mistral's own format where a directory has both.
+    """
+    return {"config_format": "hf", "tokenizer_mode": "hf", "load_format": "safetensors", **quantization(path)}
 
 
 def cpu_environment(threads: int) -> dict[str, str]:

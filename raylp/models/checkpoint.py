@@ -17,6 +17,7 @@ from raylp.models.view import without_layers
 
 _INDEXED = re.compile(r"^(.*?)\.(\d+)\.")
 _NOT_TEXT = ("vision", "visual", "audio", "image")
+_ROUTERS = (".gate.", ".router.")
 
 
 def save_checkpoint(model: Any, source: Path, target: Path, card: dict[str, Any], removed: Iterable[int] = ()) -> None:
@@ -151,6 +152,16 @@ def _entries(path: Path) -> dict[str, Any]:
 def _is_text(name: str) -> bool:
     """Whether a tensor is of the part that reads and writes text."""
     return not any(mark in name for mark in _NOT_TEXT)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor of this name belongs to the experts of a mixture."""
+    return ".experts." in name
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor of this name belongs to what chooses among the experts of a mixture."""
+    return any(mark in name for mark in _ROUTERS)
 
 
 def vocabulary_size(tensors: Tensors, config: Any) -> int:

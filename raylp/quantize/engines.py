@@ -28,22 +28,15 @@ def engine_of(path: Path) -> str | None:
     return SCHEMES[scheme].engine if scheme else None
 
 
-def engine_options(path: Path) -> dict[str, str]:
-    """What vLLM is told besides of the checkpoint in `path`: which files are read, and how it quantises the weights.
-
-    Left to itself, vLLM prefers Mistral's own format where a directory has both.
-    """
-    return {
-        "config_format": "hf",
-        "tokenizer_mode": "hf",
-        "load_format": "safetensors",
-        **_quantization(path),
-    }
+def quantization(path: Path) -> dict[str, str]:
+    """As vLLM is told of weights that it quantises itself, as it loads them; empty for every other checkpoint."""
+    scheme = quantised(path)
+    return {"quantization": scheme} if scheme and SCHEMES[scheme].maker == "vllm" else {}
 
 
 def identity(path: Path) -> str:
     """What translations of the checkpoint are filed under: its fingerprint, and what the engine makes of it."""
-    return "|".join([fingerprint(path), *_quantization(path).values()])
+    return "|".join([fingerprint(path), *quantization(path).values()])
 
 
 def check_engine(path: Path, engine: str) -> None:
@@ -79,9 +72,3 @@ def run_by(engine: str, models: Mapping[str, Path], named: bool) -> dict[str, Pa
         for path in models.values():
             check_engine(path, engine)
     return {name: path for name, path in models.items() if engine_of(path) in (None, engine)}
-
-
-def _quantization(path: Path) -> dict[str, str]:
-    """As vLLM is told of weights that it quantises itself, as it loads them."""
-    scheme = quantised(path)
-    return {"quantization": scheme} if scheme and SCHEMES[scheme].maker == "vllm" else {}

@@ -23,6 +23,8 @@ from raylp.models.checkpoint import (
     card_for,
     copy_beside_weights,
     copy_checkpoint,
+    is_expert,
+    is_router,
     layer_costs,
     quantised_facts,
     quantised_layers,
@@ -100,7 +102,7 @@ def check(context: Context) -> None:
 def _check_matrices(path: Path, group_size: int, on_cpu: bool) -> None:
     """There are kernels of vLLM for the layers' matrices, and they divide as those want them."""
     layers = read_tensors(path).layers
-    if on_cpu and any(".experts." in name for layer in layers for name in layer):
+    if on_cpu and any(is_expert(name) for layer in layers for name in layer):
         raise UserError(
             "quantize.schemes: gptq and awq: on a CPU, vLLM computes no mixture of experts with 4-bit weights: leave "
             "them out, or take w8a8 or nf4"
@@ -151,9 +153,8 @@ def _section(context: Context) -> Quantize:
 
 def _matrices(layer: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Shapes of the weight matrices of a layer, but a mixture's router: (outputs, inputs)."""
-    routers = (".gate.", ".router.")
-    own = {name: entry["shape"] for name, entry in layer.items() if not any(mark in name for mark in routers)}
-    return [tuple(shape) for shape in own.values() if len(shape) == 2]
+    shapes = [tuple(entry["shape"]) for name, entry in layer.items() if not is_router(name)]
+    return [shape for shape in shapes if len(shape) == 2]
 
 
 def _make(context: Context, section: Quantize, name: str, source: Path, scheme: str, pairs: Sequence[Pair]) -> None:

@@ -24,11 +24,18 @@ from raylp import cluster, machine
 from raylp.context import Context
 from raylp.data.languages import pair_of
 from raylp.errors import UserError
-from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_WORKER, cpu_environment, cpu_options, kv_cache_bytes
+from raylp.generate.vllm_engine import (
+    BYTES_PER_WEIGHT,
+    CPU_WORKER,
+    cpu_environment,
+    cpu_options,
+    engine_options,
+    kv_cache_bytes,
+)
 from raylp.models.checkpoint import count_parameters, sizes
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
-from raylp.quantize.engines import engine_of, engine_options, run_by
+from raylp.quantize.engines import engine_of, run_by
 from raylp.serve.config import Serve
 from raylp.serve.gate import key_hash, read_keys
 
