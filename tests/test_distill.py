@@ -296,6 +296,15 @@ def test_the_teacher_translates_every_row_once(tmp_path: Path, toy_data: dict[st
 
 
 @pytest.mark.slow
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path, toy_data: dict[str, Path], ray_session: None) -> None:
+    """The engine's process names the cause in its own log alone; here that vLLM refuses layers of two kinds."""
+    context = make_context(tmp_path / "run", toy_data, teacher=str(toy.tiny_random("qwen2_sliding")))
+    with pytest.raises(UserError, match=r"failed: AssertionError: Sliding window .*another teacher.*distill\.log"):
+        distill(context)
+    assert "Sliding window" in (tmp_path / "run/logs/distill.log").read_text()
+
+
+@pytest.mark.slow
 def test_the_likeliest_sample_is_kept_and_its_probabilities_teach(
     tmp_path: Path, toy_data: dict[str, Path], ray_session: None
 ) -> None:

@@ -61,6 +61,7 @@ from raylp.distill.config import Distill
 from raylp.distill.stage import distill
 from raylp.errors import UserError
 from raylp.generate.base import Request
+from raylp.generate.engine_log import error_lines
 from raylp.generate.translate import translate
 from raylp.models.checkpoint import card_for, save_checkpoint
 from raylp.models.load import load_model
@@ -74,7 +75,6 @@ from raylp.serve.endpoint import (
     check_memory,
     deploy_file,
     endpoint,
-    error_lines,
     free_port,
     gpu_share,
     serve_dtype,
@@ -488,10 +488,12 @@ def test_error_lines_find_the_cause() -> None:
     log = """INFO loading
     Traceback (most recent call last):
     ValueError: head size 8 is not supported
+        raise RuntimeError(
     RuntimeError: Engine core initialization failed. See root cause above.
     vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.
     """
     assert error_lines(log)[-1] == "ValueError: head size 8 is not supported"
+    assert error_lines("    raise RuntimeError(") == []
     assert error_lines("RuntimeError: Engine core initialization failed.")
     assert error_lines("INFO all is well") == []
 

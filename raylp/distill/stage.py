@@ -31,6 +31,7 @@ from raylp.distill.parts import Parts, Said
 from raylp.distill.select import Rate, best, by_chrf, by_likelihood
 from raylp.errors import UserError
 from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
+from raylp.generate.engine_log import error_lines
 from raylp.metrics.registry import check as check_metric
 from raylp.metrics.registry import full_name, is_comet
 from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
@@ -42,6 +43,7 @@ from raylp.rundir import RunDir
 
 WORK = ".work/distill"
 SHARED = "distilled"  # in a cache: finished tables, by what they depend on
+LOG_LINES = 100  # of a worker that died, for distill's own log
 CHUNK = 512  # rows that are chosen, judged and written at a time
 
 
@@ -474,16 +476,25 @@ def _engine_logs(context: Context) -> Iterator[Path]:
 
 def _failure(log: Path, error: Exception) -> UserError:
     """The engine's own last line, what to do, and where the rest is."""
-    text = str(error)
+    text, said = str(error), _said_by_worker(str(error))
     with log.open("a") as stream:
-        stream.write(f"{text}\nRay's own logs of the workers: {cluster.session_logs()}\n")
+        stream.write(f"{text}\n{said}\nRay's own logs of the workers: {cluster.session_logs()}\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Ray Data's own advice on retries may follow the cause.
     causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*: ", line)] or lines
-    last = causes[-1] if causes else type(error).__name__
+    last = (error_lines(said) or causes or [type(error).__name__])[-1]
     advice = "run again to go on"
+    if "initialization failed" in text:
+        advice = "it never started, so another teacher may be needed"
     if "cuda" in text.lower() and "memory" in text.lower():
         advice = "raise distill.gpus_per_engine, or take a smaller teacher"
     elif "memory" in text.lower():
         advice = "lower distill.engines, or raise $VLLM_CPU_KVCACHE_SPACE where it is the cache that is too small"
     return UserError(f"distill: the engine failed: {last}; {advice}; log: {log}", 1)
+
+
+def _said_by_worker(error: str) -> str:
+    """The end of what a worker that died wrote before, which says why; empty where that lies on another machine."""
+    pids = re.findall(r"\(pid=(\d+), ip=", error)
+    logs = [file for pid in pids[:1] for file in Path(cluster.session_logs()).glob(f"worker-*-{pid}.err")]
+    return "\n".join(logs[0].read_text(errors="replace").splitlines()[-LOG_LINES:]) if logs else ""

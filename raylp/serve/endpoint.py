@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import socket
@@ -24,6 +23,7 @@ from raylp import cluster, machine
 from raylp.context import Context
 from raylp.data.languages import pair_of
 from raylp.errors import UserError
+from raylp.generate.engine_log import error_lines
 from raylp.generate.vllm_engine import (
     BYTES_PER_WEIGHT,
     CPU_WORKER,
@@ -55,8 +55,6 @@ ENGINE_BYTES_PER_TOKEN = 7.5e3
 SERVE_BYTES = 2.1e9
 MIN_SEQUENCES = 16
 SEQUENCES_PER_CORE = 4
-_ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b.*)")
-_NOT_THE_CAUSE = ("EngineDeadError", "core initialization failed", "WorkerProc initialization failed", "cancelled")
 
 
 def serve(context: Context, out: TextIO) -> None:
@@ -408,13 +406,6 @@ def check_memory(what: str, weights: float, kv_cache: float, processes: float, a
             f"{kv_cache / 1e9:.1f}, processes {processes / 1e9:.1f}), {available / 1e9:.1f} GB are free: serve fewer "
             f"models (--set 'serve.models=[healed]') or replicas at a time, or close other programs"
         )
-
-
-def error_lines(log: str) -> list[str]:
-    """The lines of an engine's log that name an error, the cause before its consequences last."""
-    found = [match.group(1).strip() for line in log.splitlines() if (match := _ERROR_LINE.search(line))]
-    causes = [line for line in found if not any(mark in line for mark in _NOT_THE_CAUSE)]
-    return causes or found
 
 
 def _deploy(
