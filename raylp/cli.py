@@ -208,12 +208,14 @@ def translate(
     Example: `echo 'Where is the station?' | raylp translate runs/demo/models/healed-15 --pair en-de`
     """
     from raylp.generate.translate import translate as translate_lines
+    from raylp.screen import results_alone
 
     if backend not in ("transformers", "vllm", "auto"):
         raise UserError(f"--backend {backend!r}: transformers, vllm or auto")
     if sys.stdin.isatty():
         print("reading sentences from the keyboard, one a line; Ctrl-D ends", file=sys.stderr)
-    translate_lines(model, pair, _stdin_lines(lenient), sys.stdout, backend=backend, batch_size=batch_size)
+    with results_alone() as out:
+        translate_lines(model, pair, _stdin_lines(lenient), out, backend=backend, batch_size=batch_size)
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """The Ray cluster a run uses: one that is there, or one of its own on this machine."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +148,17 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
                 f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: lower the number of workers, engines "
                 f"or models, or {more}"
             )
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises a task's UserError as it was there: Ray wraps it together with its traceback."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from error
 
 
 def num_nodes() -> int:

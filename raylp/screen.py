@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -33,3 +33,23 @@ def engines_to(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
             os.close(original)
         for stream in streams:
             stream.close()
+
+
+@contextmanager
+def results_alone() -> Iterator[TextIO]:
+    """Yields the real standard output, for results; what else goes there while the block runs, goes to standard error.
+
+    Engines have parts that write past Python.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    results = os.fdopen(os.dup(saved), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        yield results
+    finally:
+        with suppress(BrokenPipeError):  # nobody reads on, which whoever wrote last was told
+            results.close()
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)

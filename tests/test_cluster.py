@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from raylp.cluster import own_errors
+from raylp.errors import UserError
+
 SCRIPT = """
 import ray
 from raylp import cluster
@@ -44,3 +49,17 @@ def test_a_ray_that_does_not_start_is_told_in_a_line() -> None:
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": "/proc/none"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("Ray did not start on this machine: ") and done.stdout.count("\n") == 1, done.stderr
+
+
+def test_an_error_of_a_task_is_told_without_its_traceback(ray_session: None) -> None:
+    import ray
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    task = ray.remote(fail)
+    with pytest.raises(UserError) as told, own_errors():
+        ray.get(task.remote(UserError("no room")))
+    assert str(told.value) == "no room"
+    with pytest.raises(ray.exceptions.RayTaskError), own_errors():
+        ray.get(task.remote(ValueError("a bug")))

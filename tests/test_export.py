@@ -156,6 +156,15 @@ def test_a_line_out_for_every_line_in(submission: Path, python: Path, tmp_path: 
     assert "line 5" in done.stderr  # was cut
     assert "line 10: not UTF-8" in done.stderr
     assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.txt").symlink_to("linked.txt")
+    few = tmp_path / "few.txt"
+    few.write_text("gana pamo kasa\n")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        run(submission, python, "--lang-pair", "xx-yy", "--input", str(few), "--output", str(tmp_path / "pipe"))
+        assert reader.stdout and reader.stdout.read() == f"{found[3]}\n"
+    run(submission, python, "--lang-pair", "xx-yy", "--input", str(few), "--output", str(tmp_path / "link.txt"))
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "linked.txt").read_text() == f"{found[3]}\n"
     short = run(submission, python, "xx-yy", "4", stdin=given.read_text(encoding="utf-8", errors="replace"))
     assert short.stdout.split("\n")[:-1] == found
 

@@ -233,6 +233,7 @@ def test_energy_is_counted_where_it_is_and_absent_where_not(tmp_path: Path) -> N
     assert meter.source == "rapl"
     counts = iter([[100.0, 200.0], [130.0, 210.0]])
     assert EnergyMeter(tmp_path, lambda: next(counts)).joules() == 40, "GPUs first"
+    assert EnergyMeter(tmp_path, lambda: [5.0]).joules() is None, "a counter that stands still measures nothing"
 
 
 def test_memory_is_that_of_the_processes_with_the_mark() -> None:
@@ -679,9 +680,10 @@ def test_batches_are_measured_without_an_endpoint(context: Context, tmp_path: Pa
             assert set(speed) == set(RATES)
             per_s = speed["output_tokens_per_s"]["value"] / speed["requests_per_s"]["value"]
             assert 4 < per_s < 12, "a toy sentence has so many tokens"
-            place = plan_bench(quick).places[name]
-            row = context.rundir.read_json(f"{place}/{setting}-max8-r0.json")
-            assert row["measurement"]["counts"]["requests"] == sentences
+            plan = plan_bench(quick)
+            cell = next(cell for cell in plan.cells if (cell.model, cell.load.name) == (name, setting))
+            assert context.rundir.read_json(plan.file(cell))["measurement"]["counts"]["requests"] == sentences
+            assert result["sent"][setting] == sentences
     made = result["ratios"][PRUNED]["transformers-b8"]
     assert (
         made["signature"].startswith("raylp|transformers-batch:8|out:natural")
@@ -707,6 +709,16 @@ def test_answers_in_batches_are_as_long_as_is_asked(context: Context, backend: s
     bench(replace(context, recipe=recipe))
     (speed,) = context.rundir.read_json("bench.json")["models"]["baseline"].values()
     assert speed["output_tokens_per_s"]["value"] == pytest.approx(40 * speed["requests_per_s"]["value"])
+
+
+def test_other_sentences_are_other_measurements(context: Context) -> None:
+    """Where they are sent: what comes after the last of a load changes nothing."""
+    plan = plan_bench(context)
+    sent = max(plan.config.num_requests(cell.load) for cell in plan.cells)
+    for place, same in ((1, False), (sent, True)):
+        prompts = [Request((9,), 8) if i == place else prompt for i, prompt in enumerate(plan.prompts)]
+        other = replace(plan, prompts=[*prompts, Request((9,), 8)])
+        assert [other.file(cell) == plan.file(cell) for cell in plan.cells] == [same] * len(plan.cells)
 
 
 def test_what_failed_is_measured_again(context: Context, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_stream_lets_go_however_it_ends() -> None:
     broken, traffic, chooser = held(fails=True)
     with pytest.raises(RuntimeError):
         asyncio.run(read(broken))
-    assert traffic.at_work == 0 and chooser.keeps("a", 1) is None
+    assert traffic.at_work == 0 and chooser.keeps("a", 1) is False
     left, traffic, _ = held()
     assert asyncio.run(read(left, 1)) == [1] and traffic.at_work == 2
     del left
@@ -313,6 +313,33 @@ def test_a_load_is_judged_by_lighter_and_heavier_ones() -> None:
     world.requests(3)
     assert world.chooser.keeps("whole", 1) is True
     assert world.chooser.keeps("whole", 16) is None
+
+
+def test_a_light_load_in_between_is_no_reason_to_try_again() -> None:
+    world = World(deep=100, shallow=30)
+    world.requests(8)
+    late = sum(world.requests(1, 1) == ["deep"] and world.requests(8, 1) == ["deep"] for _ in range(500))
+    assert late <= 500 // 20, "half of what p90 lets be late"
+
+
+def test_a_model_that_fails_is_left() -> None:
+    world = World(dead=100, well=200)
+    world.chooser.is_failure = lambda error: not isinstance(error, LookupError)
+    world.requests(1)
+
+    def failures(error: Exception) -> int:
+        count = 0
+        for _ in range(100):
+            world.now += 0.05
+            model = world.chooser.choose(1)
+            with suppress(type(error)), world.chooser.timing(model, 1):
+                if model == "dead":
+                    count += 1
+                    raise error
+        return count
+
+    assert failures(LookupError()) == 100, "what the client did wrong says nothing"
+    assert failures(RuntimeError()) <= 10
 
 
 def test_a_request_that_is_given_up_counts_where_it_was_late() -> None:

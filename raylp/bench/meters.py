@@ -36,14 +36,14 @@ class EnergyMeter:
         return self._start[0] if self._start else None
 
     def joules(self) -> float | None:
-        """Spent since the meter was made. A counter that began anew is taken to have done so once."""
+        """Spent since the meter was made; None where nothing counts. A counter begins anew once at most."""
         now = self._read()
         if now is None or self._start is None or now[0] != self._start[0]:
             return None
         spent = 0.0
         for before, after, limit in zip(self._start[1], now[1], now[2], strict=True):
             spent += after - before if after >= before else after + limit - before
-        return spent
+        return spent or None  # a counter that stands still does not count
 
     def _read(self) -> tuple[str, list[float], list[float]] | None:
         """Source, counters and the value each begins anew at, in joules."""

@@ -90,7 +90,9 @@ class Plan:
     def file(self, cell: Cell) -> str:
         """Where the measurement is kept in the run directory."""
         engine = f"-max{self.config.largest_batch}" if cell.load.kind == "batch" else ""
-        return f"{self.places[cell.model]}/{cell.load.name}{engine}-r{cell.repeat}.json"
+        prompts = [prompt.tokens for prompt in self.prompts[: self.config.num_requests(cell.load)]]
+        text = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]
+        return f"{self.places[cell.model]}/{cell.load.name}{engine}-{text}-r{cell.repeat}.json"
 
     @property
     def exactly(self) -> bool:
@@ -161,6 +163,7 @@ def bench(context: Context) -> dict[str, Any]:
         "machine": {**machine(), "dtype": dtype},
         "versions": versions(SERVING),
         "requests": config.requests,
+        "sent": {load.name: config.num_requests(load) for load in config.loads},
         "distinct_prompts": {
             load.name: len({tuple(prompt.tokens) for prompt in plan.prompts[: config.num_requests(load)]})
             for load in config.loads
@@ -199,7 +202,7 @@ def plan_bench(context: Context) -> Plan:
             )
             raise UserError(f"bench.models: {name} is quantised for {engine_of(path)}, which no load asks: set {how}")
     cells = [c for c in schedule(list(models), config.loads, config.repeats) if runs(models[c.model], c.load)]
-    places = {name: _place(context, name, path, prompts) for name, path in models.items()}
+    places = {name: _place(context, name, path) for name, path in models.items()}
     answering = Answering(config.output_tokens, ("\n",) if context.prompt.newline else ())
     return Plan(config, models, prompts, answering, cells, places)
 
@@ -283,7 +286,8 @@ def measure_batches(context: Context, plan: Plan) -> None:
                 }
                 check_room(needed, psutil.virtual_memory().available)
             log = context.rundir.logs() / "bench"
-            with resident(list(models), gpus, context.prompt.newline, log, config.largest_batch) as workers:
+            engines = resident(list(models), gpus, context.prompt.newline, log, config.largest_batch)
+            with cluster.own_errors(), engines as workers:
                 ready_s = {}
                 for name, worker in workers.items():
                     task.advance(0, f"starting {name}, {backend}")
@@ -478,12 +482,11 @@ def warming(prompts: Sequence[Request], count: int) -> list[Request]:
     return [Request(prompts[i % len(prompts)].tokens, 2) for i in range(count)]
 
 
-def _place(context: Context, name: str, path: Path, prompts: Sequence[Request]) -> str:
+def _place(context: Context, name: str, path: Path) -> str:
     """The directory of a model's measurements: other weights, load, engine setting or machine is another directory."""
     config, served = context.recipe.bench or Bench(), context.recipe.serve
     what = {
         "model": fingerprint(path),
-        "prompt": prompts[0].tokens,
         "load": config.model_dump(include={"requests", "output_tokens"}),
         "serve": served.model_dump(include=_ENGINE_SETTINGS),
         "threads": engine_threads(served),

@@ -416,9 +416,8 @@ def _finish(scorer: Any, task: Task, last: int) -> dict[int, float]:
 
     task.update(task.done, "translating dev")
     try:
-        return ray.get(scorer.finish.remote(last))
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UserError) else error) from error
+        with cluster.own_errors():
+            return ray.get(scorer.finish.remote(last))
     except ray.exceptions.RayActorError as error:
         raise UserError(f"translating the dev split failed: its actor died: {error}; run again to go on", 1) from error
     finally:

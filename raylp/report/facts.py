@@ -236,13 +236,19 @@ def ideal(contents: Contents, gain: Gain) -> float | None:
     )
 
 
+def _range(values: Sequence[Any]) -> str:
+    """`8`, or `8 to 16`, of sorted numbers."""
+    return " to ".join(dict.fromkeys(map(numbers.anything, (values[0], values[-1]))))
+
+
 def measured_how(contents: Contents) -> str:
     """How the speed figures came about, in a sentence or two."""
     bench = contents.bench
-    tokens, requests, repeats = (bench.get(key) for key in ("output_tokens", "requests", "repeats"))
-    where = []
-    if any(batch_size(name) is None for name in contents.settings):
-        where.append(f"at the endpoint{f' with {numbers.anything(requests)} requests' if requests else ''}")
+    tokens, repeats = (bench.get(key) for key in ("output_tokens", "repeats"))
+    where, at_endpoint = [], [name for name in contents.settings if batch_size(name) is None]
+    if at_endpoint:
+        sent = sorted({sent[name] for name in at_endpoint if name in (sent := mapping(bench.get("sent")))})
+        where.append(f"at the endpoint{f' with {_range(sent)} requests' if sent else ''}")
     if any(batch_size(name) is not None for name in contents.settings):
         where.append("in batches given to an engine itself")
     said = "Measured " + " and ".join(where)
@@ -252,8 +258,7 @@ def measured_how(contents: Contents) -> str:
     if not bench:
         return said + "."
     if prompts := sorted(set(mapping(bench.get("distinct_prompts")).values())):
-        counts = " to ".join(dict.fromkeys(map(numbers.anything, (prompts[0], prompts[-1]))))
-        said += f", with {counts} different prompts"
+        said += f", with {_range(prompts)} different prompts"
     if tokens:
         return said + f"; every answer has {numbers.anything(tokens)} tokens, the same for every model."
     return said + "; an answer has as many tokens as the model gives it, so models that say less are done sooner."

@@ -98,10 +98,8 @@ def _make(
         )
         while not ray.wait([work], timeout=2)[0]:
             task.beat()
-        try:
+        with cluster.own_errors():
             ray.get(work)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UserError) else error) from error
 
 
 def _with_all_cores(make: Callable[..., None], *given: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,6 @@ ROUTES: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
     "completions": lambda app: app.post("/v1/completions"),
     "chat": lambda app: app.post("/v1/chat/completions"),
-    "tokenize": lambda app: app.post("/tokenize"),
-    "detokenize": lambda app: app.post("/detokenize"),
     "translate": lambda app: app.post("/translate"),
     "page": lambda app: app.get("/"),
     "health": lambda app: app.get("/health"),
@@ -76,7 +75,7 @@ class RunIngress(OpenAiIngress):
         self.chooser: Chooser | None = None
         if run["slo"]:
             deepest_first = one_for_each_depth({name: model["layers"] for name, model in models.items()})
-            self.chooser = Chooser(deepest_first, read_objective(run["slo"]))
+            self.chooser = Chooser(deepest_first, read_objective(run["slo"]), is_failure=_is_failure)
         # The models of a run share both: they are cut from one.
         path = Path(next(iter(models.values()))["path"])
         self.tokenizer = load_tokenizer(path)
@@ -274,6 +273,15 @@ async def all_or_none(tasks: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
     except* Exception as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in running]
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether it is the endpoint's own: what a client did wrong, and what is too much, says nothing of a model."""
+    if isinstance(error, (TooManyError, VLLMClientError)):
+        return False
+    if isinstance(error, (HTTPException, OpenAIHTTPException)):
+        return error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return int(get_response_for_error(error, "").error.code) >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 async def tell_error(request: Request, error: Exception) -> JSONResponse:

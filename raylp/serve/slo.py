@@ -46,7 +46,8 @@ def read_objective(text: str) -> Objective:
 
 
 class Chooser:
-    """`models`: from the most layers to the fewest. `clock`: in seconds.
+    """`models`: from the most layers to the fewest. `clock`: in seconds. `is_failure`: whether an error is
+    the model's, and not the request's.
 
     A load is a number of requests at work; loads within a factor of two are alike. What is not known of a model at a
     load follows from what is: with fewer at work it is no slower. What then is still unknown is tried by a few requests
@@ -61,12 +62,14 @@ class Chooser:
         clock: Callable[[], float] = time.monotonic,
         keep_s: float = KEEP_S,
         least: int = LEAST,
+        is_failure: Callable[[Exception], bool] = lambda _: True,
     ) -> None:
         self.models = list(models)
         self.objective = objective
         self.clock = clock
         self.keep_s = keep_s
         self.least = least
+        self.is_failure = is_failure
         self._seen: dict[str, dict[int, deque[tuple[float, float]]]] = {model: {} for model in models}
         self._under_way: defaultdict[tuple[str, int], list[float]] = defaultdict(list)  # when each was begun
         # Of as many requests one may be a try: half of those that the objective lets be late.
@@ -93,18 +96,21 @@ class Chooser:
     def timing(self, model: str, load: int) -> Iterator[None]:
         """A request to `model`, let in when `load` were at work, lasts as long as the block.
 
-        One that is given up tells nothing, unless it had taken too long by then.
+        One that is given up tells nothing, unless it had taken too long by then. One that failed counts as too long.
         """
         started = self.clock()
         under_way = self._under_way[model, _like(load)]
         under_way.append(started)
-        given_up = True
+        given_up, failed = True, False
         try:
             yield
             given_up = False
+        except Exception as error:
+            failed = self.is_failure(error)
+            raise
         finally:
             under_way.remove(started)
-            ms = (self.clock() - started) * 1000
+            ms = math.inf if failed else (self.clock() - started) * 1000
             if not given_up or ms > self.objective.ms:
                 self.done(model, load, ms)
 
@@ -131,7 +137,9 @@ class Chooser:
         """
         if any(at_work for (name, _), at_work in self._under_way.items() if name == model):
             return False
-        newest = max(seen[-1] for like, seen in self._seen[model].items() if like <= _like(load) and seen)
+        here, seen = _like(load), self._seen[model]
+        # With fewer at work it may well be quick, which says nothing of here.
+        newest = seen[here][-1] if here in seen else max(own[-1] for like, own in seen.items() if like < here)
         if newest[1] <= self.objective.ms:
             return True
         rested = self.clock() - newest[0] > self.keep_s
