@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,7 +23,7 @@ from raylp.heal.disk import checkpoint_bytes
 from raylp.machine import SERVING, machine, versions
 from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
-from raylp.models.checkpoint import count_parameters, stack_size
+from raylp.models.checkpoint import count_parameters, is_expert, numbered_tensors, stack_size
 from raylp.models.source import fingerprint, licence, locate
 from raylp.names import CUT_KINDS, REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Reporter, heartbeat
@@ -215,7 +216,11 @@ def check_model(context: Context) -> None:
 
     model_class(context.original)
     num_layers = stack_size(context.original)
-    search = context.recipe.search
+    heal, search = context.recipe.heal, context.recipe.search
+    if heal is not None and heal.method == "qlora" and any(map(is_expert, numbered_tensors(context.original))):
+        raise UserError(
+            "heal.method: qlora leaves a mixture's experts, most of its weights, in 16 bits: set it to lora or full"
+        )
     if search is None:
         return
     for name in search.objective:
@@ -389,10 +394,23 @@ def fingerprints(context: Context) -> dict[str, str]:
             fingerprint(context.original),
             context.dtype,
         ]
+        if stage.name == "distill" and (teacher := _teacher_print(context)):
+            content.append(teacher)
         if stage.name == "bench":  # speed is of a machine and its engines
             content += [machine(), versions(SERVING)]
         found[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return found
+
+
+def _teacher_print(context: Context) -> str | None:
+    """The fingerprint of a teacher in a directory of its own, or what was noted of it where that is gone since."""
+    config, rundir = context.recipe.distill, context.rundir
+    if config is None or not config.is_another:
+        return None
+    if Path(config.teacher).is_dir():
+        return fingerprint(Path(config.teacher))
+    summary = rundir.read_json("distill/summary.json") if rundir.complete("distill") else {}
+    return summary["fingerprint"] if summary.get("teacher_in") == "directory" else None
 
 
 def open_manifest(context: Context) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from raylp import cluster
 from raylp.errors import UserError
-from raylp.recipe import load_recipe
+from raylp.recipe import Recipe, load_recipe
 
 POLL_S = 1.0
 NEVER_SENT = [
@@ -47,8 +47,9 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides)
     root = Path.cwd()
+    overrides = [*overrides, *_from_here(loaded, root)]
     try:
         inside = recipe.resolve().relative_to(root)
     except ValueError as error:
@@ -86,6 +87,13 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
             print(f"job {job}: {status.value.lower()}", file=out)
             return 0 if status == JobStatus.SUCCEEDED else 1
         time.sleep(POLL_S)
+
+
+def _from_here(recipe: Recipe, root: Path) -> list[str]:
+    """Overrides that keep directories where they are meant: a job runs in a copy that Ray throws away."""
+    places = {"run_dir": recipe.run_dir, "cache": recipe.cache}
+    near = {key: place for key, place in places.items() if place and "://" not in place}
+    return [f"{key}={root / place}" for key, place in near.items() if not Path(place).is_absolute()]
 
 
 def _short(error: Exception) -> str:

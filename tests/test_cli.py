@@ -11,6 +11,8 @@ from conftest import toy_recipe
 
 from raylp import __version__
 from raylp.cli import main
+from raylp.recipe import load_recipe
+from raylp.submit import _from_here
 
 ROOT = Path(__file__).parent.parent
 VERBS = [
@@ -101,6 +103,17 @@ def test_a_run_directory_of_another_recipe(capsys: pytest.CaptureFixture[str], r
 def test_not_a_run_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path, verb: str) -> None:
     code, _, err = raylp(capsys, verb, str(tmp_path / "none"))
     assert code == 2 and "is not a run directory" in err and not (tmp_path / "none").exists()
+
+
+def test_a_jobs_run_directory_is_the_submitters(recipe: Path, tmp_path: Path) -> None:
+    """Ray runs a job in a copy of the project, which it throws away."""
+
+    def told(*overrides: str) -> list[str]:
+        return _from_here(load_recipe(recipe, list(overrides)), tmp_path)
+
+    near = ["run_dir=runs/a", "cache=runs/cache"]
+    assert told(*near) == [f"run_dir={tmp_path}/runs/a", f"cache={tmp_path}/runs/cache"]
+    assert told("run_dir=/shared/a") == told("run_dir=s3://bucket/a") == []
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 import torch
@@ -31,7 +34,7 @@ from raylp.distill.config import Distill, Filters
 from raylp.distill.filters import HeldOut, Judge, Row, alike, usual_length_ratios
 from raylp.distill.parts import Parts, Said
 from raylp.distill.select import best, by_likelihood
-from raylp.distill.stage import distill, engine_dtype, unique_ids
+from raylp.distill.stage import _digest, _output, _teacher, check, distill, engine_dtype, unique_ids
 from raylp.errors import UserError
 from raylp.heal.config import Heal
 from raylp.heal.stage import _examples
@@ -345,6 +348,67 @@ def test_a_teacher_with_other_words_is_refused_before_it_translates(tmp_path: Pa
     with pytest.raises(UserError, match="another vocabulary"):
         distill(asks)
     assert not context.rundir.names(".work")
+
+
+def test_a_teacher_without_a_chat_is_refused_before_anything_is_done(tmp_path: Path, toy_data: dict[str, Path]) -> None:
+    context = make_context(tmp_path / "run", toy_data, teacher=str(toy.toy_model()))
+    with pytest.raises(UserError, match=r"distill\.teacher: .* has no chat template"):
+        check(replace(context, prompt=context.prompt.model_copy(update={"chat": True})))
+
+
+def test_translations_are_of_the_tokenizer_and_the_stops_too(tmp_path: Path, toy_data: dict[str, Path]) -> None:
+    """Not of the dtype that auto stands for on this machine, so that another may go on."""
+    pairs = read_pairs(toy_data["train"], "xx-yy")
+    context = make_context(tmp_path / "run", toy_data)
+    config = context.recipe.distill
+    teacher = _teacher(context, config)
+    of = _digest(context, config, teacher, pairs)
+    assert of == _digest(context, config, replace(teacher, dtype="other"), pairs)
+    more = toy.toy_tokenizer()
+    more.add_tokens(["neu"])
+    rule = replace(teacher.rule, stop=teacher.rule.stop | {5})
+    others = [replace(teacher, tokenizer=more), replace(teacher, rule=rule)]
+    assert len({of, *(_digest(context, config, other, pairs) for other in others)}) == 3
+    sized = make_context(tmp_path / "run", toy_data, dtype="float32")
+    assert _digest(sized, sized.recipe.distill, teacher, pairs) != of
+
+
+def test_what_an_endpoint_repeats_is_seen(tmp_path: Path, toy_data: dict[str, Path]) -> None:
+    context = make_context(tmp_path / "run", toy_data)
+    teacher = _teacher(context, context.recipe.distill)
+    endless = _output(Said(0, text=" " + "gofa " * 20, finish="stop"), teacher, True)
+    assert (endless.finish, endless.text) == ("loop", ("gofa " * 20).strip()) and len(endless.tokens) >= 20
+    assert _output(Said(0, text=" gofa tize", finish="length"), teacher, True).finish == "length"
+    assert _output(Said(0, text="", finish="stop"), teacher, True).finish == "stop"
+
+
+@pytest.mark.faults
+def test_an_engine_that_always_dies_is_not_started_for_ever(
+    tmp_path: Path, toy_data: dict[str, Path], ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was translated in between is kept, as after any other failure."""
+    monkeypatch.setattr("raylp.distill.engine.MAX_RESTARTS", 1)
+    run, done = tmp_path / "run", threading.Event()
+
+    def kill() -> None:
+        saved = 0
+        while not done.wait(0.02):
+            if len(parts(run)) > saved:
+                saved = len(parts(run))
+                for process in psutil.Process().children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        if "EngineCore" in process.name() + " ".join(process.cmdline()):
+                            process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(UserError, match=r"distill: the engine failed: .*distill\.log"):
+            distill(make_context(run, toy_data, batch_size=2, limit=200, dtype="float32"))
+    finally:
+        done.set()
+        killer.join()
+    assert 2 <= len(parts(run)) < 100
 
 
 DRIVER = """

@@ -28,7 +28,7 @@ from raylp.heal import plan
 from raylp.heal.config import Heal
 from raylp.heal.disk import checkpoint_bytes, trained_parameters
 from raylp.heal.examples import choose, tokenise
-from raylp.heal.loop import _packing, _Worker
+from raylp.heal.loop import _packing, _Worker, is_out_of_memory
 from raylp.heal.pack import loss_sum, pack, packed_length
 from raylp.heal.stage import adapting, heal, heal_model
 from raylp.heal.trainable import make_trainable, merge, save_trained
@@ -36,7 +36,7 @@ from raylp.metrics.ngram import metric
 from raylp.models.checkpoint import card_for, count_parameters, read_card, save_checkpoint
 from raylp.models.load import load_model, stored_dtype
 from raylp.models.stack import find_stack, text_config
-from raylp.pipeline import STAGES, depends_on, read_splits
+from raylp.pipeline import STAGES, depends_on, open_context, read_splits
 from raylp.progress import Reporter
 from raylp.recipe import parse_recipe
 from raylp.rundir import RunDir
@@ -219,7 +219,29 @@ def test_disk_for_checkpoints_is_known_before_the_start(method: str) -> None:
     heal = Heal(method=method, keep="last")
     learned = sum(p.numel() for p in make_trainable(load_model(source), heal).parameters() if p.requires_grad)
     assert trained_parameters(source, heal) == pytest.approx(learned, rel=0.02)
-    assert checkpoint_bytes(source, heal) == 48 * trained_parameters(source, heal)
+    assert checkpoint_bytes(source, heal) == 64 * trained_parameters(source, heal)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_want_of_memory_is_seen(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(f"{type(error).__name__}: {error}") is is_one
+
+
+def test_a_mixture_is_not_trained_over_4_bits(tmp_path: Path, toy_data: dict[str, Path]) -> None:
+    """Its experts would stay as they are."""
+    mixture = toy.tiny_random("mixtral")
+    recipe = parse_recipe(toy_recipe(mixture, toy_data, tmp_path / "run", heal={"method": "qlora"}))
+    with pytest.raises(UserError, match="qlora leaves a mixture's experts"):
+        open_context(recipe, Reporter(quiet=True))
 
 
 def test_adapting_needs_no_teacher() -> None:

@@ -89,7 +89,8 @@ class Distill(Section):
     `top_k`: so many of the teacher's probabilities are kept for every token, to learn from.
     `batch_size`: sentences that are saved together; what was not is translated again after a crash. `dtype`: of the
     teacher in vLLM (auto: bfloat16, or float32 on a CPU of this machine that does not multiply bfloat16 itself).
-    `gpus_per_engine`: tensor parallelism, for a teacher too large for one GPU.
+    `gpus_per_engine`: tensor parallelism, for a teacher too large for one GPU. `max_model_len`: the most tokens of a
+    prompt and its translation together, as far as the teacher can; a longer row is recorded as failed.
     """
 
     teacher: str = "base"
@@ -103,6 +104,7 @@ class Distill(Section):
     engines: int = Field(1, ge=1)
     gpus_per_engine: int = Field(1, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = Field(4096, ge=16)
     batch_size: int = Field(32, ge=1)
     filters: Filters = Filters()
 
@@ -119,6 +121,11 @@ class Distill(Section):
         """The COMET checkpoints that are needed."""
         by = [self.by] if self.samples > 1 and self.by != "likelihood" and is_comet(self.by) else []
         return [*by, *([self.filters.comet] if self.filters.min_comet is not False else [])]
+
+    @property
+    def is_another(self) -> bool:
+        """Whether the teacher is a model of its own that an engine here runs."""
+        return self.teacher != "base" and self.endpoint is None
 
     @property
     def heat(self) -> float:

@@ -15,6 +15,7 @@ from raylp.distill.parts import Said
 from raylp.generate.base import Request, StopRule
 from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_environment, cpu_options, engine_options
 
+MAX_RESTARTS = 8  # of an engine's process, after which the command ends, and goes on when it is called again
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
 # Rows an engine is given at a time, twice what it computes at once: so it stays full while a few long rows keep their
 # batch waiting. More would only be lost in a crash.
@@ -75,6 +76,8 @@ def say(
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
     )
+    # An engine that dies every time would otherwise be started for ever.
+    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = MAX_RESTARTS
     # A block is a batch is a part. Rows that failed would skip a postprocess function and keep all columns: none is
     # given, so all rows of a block are alike.
     rows = processor(ray.data.from_arrow_refs([ray.put(_table(batch)) for batch in batches]))

@@ -58,7 +58,8 @@ class Teacher:
 
     def name(self, config: Distill) -> str:
         """What its translations are filed under."""
-        return f"{config.endpoint} {config.teacher}" if config.endpoint else f"{identity(self.path)} {self.dtype}"
+        # Not the dtype that auto stands for here: a run that goes on elsewhere keeps what it has.
+        return f"{config.endpoint} {config.teacher}" if config.endpoint else f"{identity(self.path)} {config.dtype}"
 
 
 def distill(context: Context) -> dict[str, Any]:
@@ -81,7 +82,6 @@ def distill(context: Context) -> dict[str, Any]:
         raise UserError(f"distill: no {wanted} to translate; name data.<name>.{config.sources}")
     check(context)
     teacher = _teacher(context, config)
-    _check_words(context, config, teacher)
     began = time.monotonic()
     asked = _digest(context, config, teacher, pairs)
     judged = _judged(context, config, asked)
@@ -104,6 +104,7 @@ def distill(context: Context) -> dict[str, Any]:
             "schema": 1,
             "of": judged,
             "teacher": str(config.teacher),
+            "teacher_in": "directory" if config.is_another and Path(config.teacher).is_dir() else None,
             "fingerprint": None if config.endpoint else fingerprint(teacher.path),
             **_write(context, config, teacher, pairs, parts, target / "teacher.parquet"),
             "found_from_before": before,
@@ -149,35 +150,41 @@ def engine_dtype(config: Distill, resources: Resources) -> str:
     return "float32" if is_here and not cluster.num_gpus() and not machine.computes_bfloat16() else "bfloat16"
 
 
+def _files(context: Context, config: Distill) -> Path:
+    """Where the teacher's tokenizer and settings are: the original's where the teacher is cut or adapted from that, as
+    neither changes them, or speaks at an endpoint.
+    """
+    if not config.is_another:
+        return context.original
+    with context.reporter.task("teacher") as task, heartbeat(task):
+        return locate(config.teacher, tell=context.reporter.line)
+
+
 def _teacher(context: Context, config: Distill) -> Teacher:
-    path = context.baseline
-    if config.teacher != "base" and config.endpoint is None:
-        with context.reporter.task("teacher") as task, heartbeat(task):
-            path = locate(config.teacher, tell=context.reporter.line)
-    tokenizer = load_tokenizer(path)
-    text_config = read_config(path).get_text_config(decoder=True)
-    rule = stop_rule(tokenizer, [text_config, read_generation_config(path)], context.prompt.newline)
+    files = _files(context, config)
+    tokenizer = load_tokenizer(files)
+    text_config = read_config(files).get_text_config(decoder=True)
+    rule = stop_rule(tokenizer, [text_config, read_generation_config(files)], context.prompt.newline)
+    path = files if config.is_another else context.baseline
     return Teacher(path, tokenizer, rule, engine_dtype(config, context.recipe.resources))
 
 
-def _check_words(context: Context, config: Distill, teacher: Teacher) -> None:
-    """A teacher whose probabilities are to be learned from has the words of the model that learns."""
-    heal = context.recipe.heal
-    if (
-        heal is None
-        or not heal.loss.stored
-        or words_of(teacher.tokenizer) == words_of(load_tokenizer(context.baseline))
-    ):
-        return
-    raise UserError(
-        f"heal.loss.teacher: stored: the teacher {config.teacher} has another vocabulary than the model that learns; "
-        f"use heal.loss.teacher: base, or the teacher's translations alone"
-    )
+def _check_words(config: Distill, teacher: Any, student: Any) -> None:
+    """A teacher whose probabilities are to be learned from has the words of the model that learns; both tokenizers."""
+    if words_of(teacher) != words_of(student):
+        raise UserError(
+            f"heal.loss.teacher: stored: the teacher {config.teacher} has another vocabulary than the model that "
+            f"learns; use heal.loss.teacher: base, or the teacher's translations alone"
+        )
 
 
 def _digest(context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair]) -> str:
     """What an interrupted run must share with the one that goes on with its translations; 12 hex digits."""
-    asked = [teacher.name(config), config.samples, config.heat, config.top_k, context.prompt.model_dump(mode="json")]
+    tokenizer = teacher.tokenizer
+    asked = [
+        *(teacher.name(config), config.samples, config.heat, config.top_k, context.prompt.model_dump(mode="json")),
+        *(words_of(tokenizer), sorted(teacher.rule.stop), tokenizer.chat_template if context.prompt.chat else None),
+    ]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for pair in pairs:
         digest.update(f"{pair.pair}\0{pair.source}\0".encode())
@@ -197,7 +204,8 @@ def check(context: Context) -> None:
     """Refuses, before anything is translated, what could only fail after it.
 
     Raises:
-        UserError: COMET or sentence-transformers is asked for and not there, or a chat prompt for an endpoint.
+        UserError: COMET or sentence-transformers is asked for and not there, a chat prompt for an endpoint or a teacher
+            that has none, or a teacher of another vocabulary whose probabilities are to be learned.
     """
     config = context.recipe.distill
     assert config is not None
@@ -210,8 +218,11 @@ def check(context: Context) -> None:
         )
     if config.endpoint is not None and context.prompt.chat:
         raise UserError("distill.endpoint is asked for completions, which know no turns: set prompt.chat: false")
-    if config.teacher != "base" and config.endpoint is None:
-        locate(config.teacher, tell=context.reporter.line)  # now, and not when the search is done
+    tokenizer = load_tokenizer(_files(context, config))
+    if context.prompt.chat and tokenizer.chat_template is None:
+        raise UserError(f"distill.teacher: {config.teacher} has no chat template: set prompt.chat: false")
+    if context.recipe.heal is not None and context.recipe.heal.loss.stored:
+        _check_words(config, tokenizer, load_tokenizer(context.original))
 
 
 def _translate(context: Context, config: Distill, teacher: Teacher, pairs: Sequence[Pair], parts: Parts) -> None:
@@ -243,7 +254,7 @@ def _translate(context: Context, config: Distill, teacher: Teacher, pairs: Seque
             else:
                 task.beat("starting vLLM")
                 needed = max(len(r.tokens) + r.max_new_tokens for batch in batches for _, r in requests(batch))
-                longest = min(needed, max_positions(teacher.path) or needed)
+                longest = min(needed, max_positions(teacher.path) or needed, config.max_model_len)
                 made = say(config, teacher.path, teacher.dtype, map(requests, batches), teacher.rule, longest, gpus)
             try:
                 for part in made:
@@ -338,7 +349,7 @@ def _choose(
     for place, (samples, own, texts) in enumerate(zip(each, rows, outputs, strict=True)):
         rated = scores[place * config.samples : (place + 1) * config.samples]
         number = best(own, rated) if rated else 0
-        spent = sum(len(one.tokens) for one in samples)
+        spent = sum(len(one.tokens or text.tokens) for one, text in zip(samples, texts, strict=True))
         chosen.append(
             Chosen(own[number], samples[number], texts[number], number, rated[number] if rated else None, spent)
         )
@@ -356,8 +367,12 @@ def _output(said: Said, teacher: Teacher, newline: bool) -> Output:
     """The text as every other backend gives it; for a row that failed, what went wrong."""
     if said.error:
         return Output(said.error, (), "error")
-    if said.text is not None or not said.tokens:
-        return Output((said.text or "").strip(), (), said.finish or "stop")
+    if said.text is not None:  # an endpoint's; how long it is, and whether it repeats itself, the student's tokens say
+        tokens = teacher.tokenizer(said.text, add_special_tokens=False).input_ids
+        finish = "loop" if teacher.rule.cut(tokens)[1] == "loop" else said.finish or "stop"
+        return Output(said.text.strip(), tuple(tokens), finish)
+    if not said.tokens:
+        return Output("", (), "stop")
     return to_output(teacher.tokenizer, *teacher.rule.cut(said.tokens), newline)
 
 

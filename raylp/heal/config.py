@@ -8,7 +8,9 @@ from raylp.config import Section
 
 
 class Lora(Section):
-    """Low-rank adapters on every linear layer of the decoder. `rslora`: scaled by alpha / sqrt(rank)."""
+    """Low-rank adapters on every linear layer of the decoder; a mixture's experts are none. `rslora`: scaled by alpha /
+    sqrt(rank).
+    """
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)

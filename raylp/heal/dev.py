@@ -66,6 +66,7 @@ class Scorer:
         for name in names:
             if name.isdigit() and int(name) not in self.scores and self.rundir.complete(f"{place}/{name}"):
                 self.waiting.put(int(name))
+        self.taking = threading.Lock()
         self.loaded: tuple[Any, Any] | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -77,11 +78,12 @@ class Scorer:
         while self.waiting.qsize() > 0 and self.problem is None:  # the training waits: one in work, one behind it
             time.sleep(WAIT_S)
         self.check()
-        if step in self.scores or self.rundir.complete(f"{self.place}/{step}"):
-            return
-        with self.rundir.building(f"{self.place}/{step}") as target:
-            save_file(state, target / STATE)
-        self.waiting.put(step)
+        with self.taking:  # a training that starts again hands over the same step again
+            if step in self.scores or self.rundir.complete(f"{self.place}/{step}"):
+                return
+            with self.rundir.building(f"{self.place}/{step}") as target:
+                save_file(state, target / STATE)
+            self.waiting.put(step)
 
     def finish(self, last: int) -> dict[int, float]:
         """Scores what is left up to step `last`, and writes the best weights, as `save_trained` does, to `best`; every

@@ -6,7 +6,7 @@ from pathlib import Path
 from raylp.heal.config import Heal
 from raylp.models.checkpoint import numbered_tensors
 
-KEPT = 3  # two checkpoints, and the one that is being written
+KEPT = 4  # two checkpoints, the one that is being written, and its copy into place
 WITH_OPTIMIZER = 16  # bytes of a weight that learns: itself, two moments and a copy in float32
 WHOLE_STATE = 12  # and once more, for another number of workers: itself and two moments in float32
 LOOKS = 4  # weights of looks at dev: the best, those in work, those that wait, and those that are being written

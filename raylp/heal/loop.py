@@ -4,8 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,26 @@ from raylp.heal.portable import gather, scatter
 from raylp.heal.trainable import make_trainable, save_trained
 from raylp.models.load import load_model, load_quantised, load_tokenizer
 from raylp.models.stack import find_stack, text_config
+from raylp.rundir import RunDir
 
 STATE = "state.json"
 BEST = "best.safetensors"
 PORTABLE = "portable.safetensors"
 TAG = "engine"
 STEPS_OF_A_BLOCK = 64
-MEMORY_ADVICE = (
-    "out of memory: lower heal.row_tokens or set heal.gradient_checkpointing=true (the result stays the same), share "
+SCRATCH = "heal-scratch"
+MEMORY_KNOBS = (
+    "lower heal.row_tokens or set heal.gradient_checkpointing=true (the result stays the same), share "
     "gradients and optimizer out with heal.zero_stage=2 and more heal.workers, or set heal.method=qlora"
+)
+MEMORY_ADVICE = f"out of memory: {MEMORY_KNOBS}"
+_SIGNS_OF_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "can't allocate memory",
+    "unable to allocate",
+    "alloc_failed",
+    "memoryerror",
 )
 
 
@@ -37,9 +47,9 @@ def train(job: dict[str, Any]) -> None:
 
     `job`: `source` (checkpoint directory), `heal` (the section as a dict), `dtype`, `train` (references to blocks of
     steps, each a list of steps' lists of `Example`), `steps` (how many), `dev` (a reference to a list of `Example`),
-    `board` (an actor that is told of every step); `scorer` (an actor that translates dev), where the recipe asks for
-    it; `teacher` (the checkpoint that was pruned) and `removed` (its layers that `source` lacks), for losses that need
-    them.
+    `board` (an actor that is told of every step), `run_dir` (its URL); `scorer` (an actor that translates dev), where
+    the recipe asks for it; `teacher` (the checkpoint that was pruned) and `removed` (its layers that `source` lacks),
+    for losses that need them.
     """
     import ray
     import ray.train
@@ -48,6 +58,7 @@ def train(job: dict[str, Any]) -> None:
     batches, dev_examples = Batches(job["train"]), ray.get(job["dev"])
     context = ray.train.get_context()
     worker = _Worker(context.get_world_rank(), context.get_world_size(), config, job["board"], job.get("scorer"))
+    worker.scratch = RunDir(job["run_dir"]).scratch(SCRATCH)
     # Ray Train starts the workers again after any failure; some need the user first.
     if ray.get(job["board"].given_up.remote()) is not None:
         return
@@ -59,14 +70,14 @@ def train(job: dict[str, Any]) -> None:
     except (UserError, MemoryError, RuntimeError) as error:
         if isinstance(error, UserError):
             ray.get(job["board"].give_up.remote(str(getattr(error, "cause", None) or error)))
-        elif is_out_of_memory(str(error)):
+        elif is_out_of_memory(f"{type(error).__name__}: {error}"):
             ray.get(job["board"].give_up.remote(f"{MEMORY_ADVICE} ({error})"))
         raise  # so that Ray Train stops the other workers, which may wait for this one
 
 
 def is_out_of_memory(message: str) -> bool:
     """Whether the message is that of an allocator, or of Ray's memory monitor."""
-    return any(sign in message.lower() for sign in ("out of memory", "outofmemory", "can't allocate memory"))
+    return any(sign in message.lower() for sign in _SIGNS_OF_MEMORY)
 
 
 def _prepare_and_run(
@@ -151,6 +162,7 @@ class _Worker:
 
     def __init__(self, rank: int, count: int, config: Heal, board: Any, scorer: Any = None) -> None:
         self.rank = rank
+        self.scratch: Path | None = None  # where checkpoints are put together; None: where temporary files are
         self.count = count
         self.config = config
         self.board = board
@@ -425,7 +437,8 @@ def _report(
     # Of adapters, which are small, the optimizer's whole state is kept too.
     portable = worker.config.zero_stage > 0 and worker.config.method != "full" and final is None
     whole_state = gather(engine, worker.rank == 0) if portable else {}
-    with _scratch() as directory:
+    with tempfile.TemporaryDirectory(dir=worker.scratch) as scratch:
+        directory = Path(scratch)
         engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=True)
         if worker.rank == 0:
             if portable:
@@ -447,12 +460,6 @@ def _step_nowhere(engine: Any, worker: _Worker, row: Sequence[Example]) -> None:
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(sum(worker.parts(engine, row).values()) * 0.0)
     engine.step()
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="raylp-heal-") as directory:
-        yield Path(directory)
 
 
 def _state(checkpoint: Any) -> dict[str, Any]:

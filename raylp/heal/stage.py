@@ -22,7 +22,7 @@ from raylp.heal import plan
 from raylp.heal.config import FREE, Heal, Loss
 from raylp.heal.dev import BEST, Asked, Scorer
 from raylp.heal.examples import TEACHER, choose, tokenise
-from raylp.heal.loop import MEMORY_ADVICE, STATE, STEPS_OF_A_BLOCK, is_out_of_memory
+from raylp.heal.loop import MEMORY_ADVICE, MEMORY_KNOBS, SCRATCH, STATE, STEPS_OF_A_BLOCK, is_out_of_memory
 from raylp.heal.loop import train as train_loop
 from raylp.models.checkpoint import card_for, read_card
 from raylp.models.load import load_tokenizer
@@ -174,7 +174,8 @@ def heal_model(
         if done.pop("run") == run_name:
             return done
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="raylp-heal-") as scratch:
+    shutil.rmtree(context.rundir.scratch(SCRATCH))  # what was left by one that was killed
+    with tempfile.TemporaryDirectory(dir=context.rundir.scratch(SCRATCH)) as scratch:
         trained = Path(scratch) / "trained"
         with context.reporter.task(name, len(steps)) as task:
             batches = [[train[i] for i in step] for step in steps]
@@ -202,6 +203,7 @@ def heal_model(
     context.rundir.write_json(f"heal/{name}.json", {"run": run_name, **result})
     for place in (WORK, LOOKS):
         context.rundir.remove(f"{place}/{run_name}")
+    shutil.rmtree(context.rundir.scratch(SCRATCH))
     return result
 
 
@@ -331,6 +333,7 @@ def _fit(
             "dev": ray.put(list(dev)),
             "board": board,
             "scorer": scorer,
+            "run_dir": rundir.uri(""),
         },
         scaling_config=ScalingConfig(num_workers=job["heal"]["workers"], use_gpu=gpus > 0),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -461,6 +464,12 @@ def _failure(context: Context, name: str, error: Exception) -> UserError:
     last = lines[-1] if lines else type(error).__name__
     if is_out_of_memory("\n".join(texts)):
         return UserError(f"heal {name}: {MEMORY_ADVICE}; log: {log}", 1)
+    if "oom killer" in "\n".join(texts).lower():  # Ray names it as one cause of several
+        return UserError(
+            f"heal {name}: a worker was killed {MAX_FAILURES + 1} times, most often for want of memory: "
+            f"{MEMORY_KNOBS}; log: {log}",
+            1,
+        )
     return UserError(f"heal {name}: training failed {MAX_FAILURES + 1} times: {last}; log: {log}", 1)
 
 
