@@ -239,7 +239,7 @@ def test_want_of_memory_is_seen(error: Exception, is_one: bool) -> None:
 def test_a_mixture_is_not_trained_over_4_bits(tmp_path: Path, toy_data: dict[str, Path]) -> None:
     """Its experts would stay as they are."""
     mixture = toy.tiny_random("mixtral")
-    recipe = parse_recipe(toy_recipe(mixture, toy_data, tmp_path / "run", heal={"method": "qlora"}))
+    recipe = parse_recipe(toy_recipe(mixture, toy_data, tmp_path / "run", heal={"method": "qlora", "when": "before"}))
     with pytest.raises(UserError, match="qlora leaves a mixture's experts"):
         open_context(recipe, Reporter(quiet=True))
 
