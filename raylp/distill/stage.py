@@ -43,6 +43,7 @@ from raylp.rundir import RunDir
 
 WORK = ".work/distill"
 SHARED = "distilled"  # in a cache: finished tables, by what they depend on
+MESSAGE = 300  # characters of an engine's own words; its log has them all
 LOG_LINES = 100  # of a worker that died, for distill's own log
 CHUNK = 512  # rows that are chosen, judged and written at a time
 
@@ -497,7 +498,7 @@ def _failure(log: Path, error: Exception) -> UserError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Ray Data's own advice on retries may follow the cause.
     causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*: ", line)] or lines
-    last = (error_lines(said) or causes or [type(error).__name__])[-1]
+    last = (error_lines(said) or causes or [type(error).__name__])[-1][:MESSAGE]
     advice = "run again to go on"
     if "initialization failed" in text:
         advice = "it never started, so another teacher may be needed"
@@ -510,6 +511,6 @@ def _failure(log: Path, error: Exception) -> UserError:
 
 def _said_by_worker(error: str) -> str:
     """The end of what a worker that died wrote before, which says why; empty where that lies on another machine."""
-    pids = re.findall(r"\(pid=(\d+), ip=", error)
+    pids = re.findall(r"\bpid[=:] ?(\d+)", error)
     logs = [file for pid in pids[:1] for file in Path(cluster.session_logs()).glob(f"worker-*-{pid}.err")]
     return "\n".join(logs[0].read_text(errors="replace").splitlines()[-LOG_LINES:]) if logs else ""

@@ -2,7 +2,9 @@
 
 import re
 
-_ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)\b(?!\().*)")  # not code that raises one
+_ERROR_LINE = re.compile(
+    r"\b([\w.]*(?:Error|Exception|Interrupt)(?::.*|$))"
+)  # neither code that raises one nor talk of one
 _NOT_THE_CAUSE = (
     "EngineDeadError",
     "core initialization failed",
