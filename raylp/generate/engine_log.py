@@ -2,9 +2,8 @@
 
 import re
 
-_ERROR_LINE = re.compile(
-    r"\b([\w.]*(?:Error|Exception|Interrupt)(?::.*|$))"
-)  # neither code that raises one nor talk of one
+# Neither code that raises one, nor talk of one.
+_ERROR_LINE = re.compile(r"\b([\w.]*(?:Error|Exception|Interrupt)(?::.*|$))")
 _NOT_THE_CAUSE = (
     "EngineDeadError",
     "core initialization failed",
