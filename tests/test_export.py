@@ -483,12 +483,13 @@ def test_the_verb_says_where_it_wrote_what(finished: RunDir, tmp_path: Path) -> 
 
 
 def run(submission: Path, python: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """run.sh with that Python, and with a proxy that answers nobody for a network."""
+    """run.sh with that Python, a proxy that answers nobody for a network, and a shell whose cd says where it went."""
     nobody = "http://127.0.0.1:9"
-    env = {**os.environ, "PYTHON": str(python), "https_proxy": nobody, "http_proxy": nobody}
-    command = ["bash", str(submission / "run.sh"), *arguments]
+    env = {**os.environ, "PYTHON": str(python), "https_proxy": nobody, "http_proxy": nobody, "CDPATH": "."}
+    command = ["bash", "system/run.sh", *arguments]
     with tempfile.TemporaryDirectory() as elsewhere:
         (Path(elsewhere) / "numpy.py").write_text("raise SystemExit")
+        (Path(elsewhere) / "system").symlink_to(submission.resolve())
         return subprocess.run(
             command, input=stdin, capture_output=True, text=True, env=env, check=False, timeout=300, cwd=elsewhere
         )

@@ -3,7 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,14 @@ from raylp.errors import UserError
 from raylp.generate.base import Request
 from raylp.generate.transformers_view import TransformersGenerator
 from raylp.generate.translate import translate
-from raylp.models.checkpoint import copy_checkpoint, count_parameters, layer_costs, read_card, save_checkpoint
+from raylp.models.checkpoint import (
+    copy_checkpoint,
+    count_parameters,
+    layer_costs,
+    read_card,
+    save_checkpoint,
+    write_card,
+)
 from raylp.models.files import check_checkpoint, safetensors_header, weight_files
 from raylp.models.load import load_model, load_tokenizer, model_class, read_config, stored_dtype
 from raylp.models.source import LICENCES, find_fetched, find_notices, fingerprint, licence, locate
@@ -372,3 +382,11 @@ def test_a_tokenizer_cut_short_is_told(toy_checkpoint: Path, tmp_path: Path) -> 
     (broken / "tokenizer.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
         load_tokenizer(broken)
+
+
+def test_the_card_is_read_whatever_the_locale(tmp_path: Path) -> None:
+    write_card(tmp_path, {"prompt": "Straße"})
+    code = f"from raylp.models.checkpoint import *; print(ascii(read_card(Path({str(tmp_path)!r}))['prompt']))"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout == "'Stra\\xdfe'\n", done.stderr

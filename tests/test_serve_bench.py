@@ -80,6 +80,7 @@ from raylp.serve.endpoint import (
     serve_dtype,
     usage,
 )
+from raylp.serve.gate import key_hash
 
 REMOVED = toy.TRUTH.answers[0]
 PRUNED = f"pruned-{toy.TRUTH.num_layers - len(REMOVED)}"
@@ -299,12 +300,12 @@ def metronome() -> Iterator[str]:
             return
         for i in range(asked["max_tokens"]):
             await asyncio.sleep(0.02 if i else 0.1)
-            await send(part({"choices": [{"text": "x"}]}))
+            await send(part({"choices": [{"text": "\u2028\x85"}]}))  # no end of a line, in JSON
         await send(part({"choices": [], "usage": usage}))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     def part(chunk: dict[str, Any]) -> dict[str, Any]:
-        body = f"data: {json.dumps(chunk)}\n\n".encode()
+        body = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
         return {"type": "http.response.body", "body": body, "more_body": True}
 
     with socket.socket() as probe:
@@ -932,6 +933,11 @@ def test_the_file_for_a_cluster_builds_the_same_endpoint(context: Context, tmp_p
         deploy_file(replace(context, recipe=recipe.model_copy(update={"serve": spread})))
     keys.write_text("# none\n")
     with pytest.raises(UserError, match=r"keys has no key: write one a line"):
+        deploy_file(replace(context, recipe=recipe))
+    keys.write_bytes("\ufeffsecret\n".encode())
+    assert key_hash(b"secret") in deploy_file(replace(context, recipe=recipe))
+    keys.write_text("s\u00e9cret\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"keys: no client can send such a key"):
         deploy_file(replace(context, recipe=recipe))
     gone = served.model_copy(update={"api_keys": str(tmp_path / "gone")})
     with pytest.raises(UserError, match=r"serve.api_keys: .*gone cannot be read"):

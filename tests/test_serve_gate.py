@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from raylp.errors import UserError
-from raylp.serve.gate import Gate, Held, TooManyError, Traffic, key_hash, read_keys
+from raylp.serve.gate import Gate, Held, TooManyError, Traffic, key_hash, read_keys, told_error
 from raylp.serve.slo import Chooser, Objective, one_for_each_depth, read_objective
 
 KEY = hashlib.sha256(b"secret").hexdigest()
@@ -154,7 +154,9 @@ def test_a_stream_lets_go_however_it_ends() -> None:
         stack.enter_context(traffic.more(2, 10))
         stack.enter_context(chooser.timing("a", 1))
         assert traffic.at_work == 2
-        return Held(parts(fails), stack), traffic, chooser
+        return Held(parts(fails), stack, lambda part: RuntimeError() if part == tells else None), traffic, chooser
+
+    tells = 0
 
     async def read(stream: Held, most: int = 9) -> list[int]:
         found: list[int] = []
@@ -171,6 +173,11 @@ def test_a_stream_lets_go_however_it_ends() -> None:
     with pytest.raises(RuntimeError):
         asyncio.run(read(broken))
     assert traffic.at_work == 0 and chooser.keeps("a", 1) is False
+    tells = 1
+    telling, traffic, chooser = held()
+    assert asyncio.run(read(telling)) == [1, 2], "what a stream tells of is passed on"
+    assert traffic.at_work == 0 and chooser.keeps("a", 1) is False
+    tells = 0
     left, traffic, _ = held()
     assert asyncio.run(read(left, 1)) == [1] and traffic.at_work == 2
     del left
@@ -178,6 +185,15 @@ def test_a_stream_lets_go_however_it_ends() -> None:
     never, traffic, chooser = held()
     del never
     assert traffic.at_work == 0 and chooser.keeps("a", 1) is None
+
+
+def test_an_error_in_a_stream_is_told_from_text_about_one() -> None:
+    failed = 'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n'
+    assert told_error(failed) == told_error(failed.encode()) == {"message": "EngineCore died", "code": 500}
+    said = 'data: {"choices": [{"text": "x"}]}\n\n'
+    assert told_error(said + failed + "data: [DONE]\n\n") == {"message": "EngineCore died", "code": 500}
+    for fine in (said, "data: [DONE]\n\n", 'data: {"choices": [{"text": "{\\"error\\": {}}"}]}\n\n', ""):
+        assert told_error(fine) is None
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

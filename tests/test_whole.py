@@ -37,8 +37,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head with a dashboard; its processes are a group of their own, so that no other Ray is stopped with it."""
+def cluster_address(head: tuple[str, str]) -> str:
+    """Where jobs are sent to."""
+    return head[0]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A Ray head: its dashboard's address and its own.
+
+    Its processes are a group of their own, so that no other Ray is stopped with it.
+    """
     port, dashboard = free_port(), free_port()
     env = {**os.environ, "RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "20"}
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8"]
@@ -61,7 +70,7 @@ def cluster_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except httpx.HTTPError:
             assert process.poll() is None, Path(log.name).read_text()
             time.sleep(1)
-    yield address
+    yield address, f"127.0.0.1:{port}"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -213,6 +222,40 @@ def test_the_dry_run_of_serve_can_be_deployed(job: tuple[Path, str], cluster_add
         assert answered == ["baseline"] * LEAST + [PRUNED]
     finally:
         subprocess.run([serve, "shutdown", "--address", cluster_address, "--yes"], check=True, capture_output=True)
+
+
+@pytest.mark.faults
+def test_a_killed_serve_of_a_lasting_cluster_starts_again(
+    head: tuple[str, str], toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the killed one left goes on and holds the port; the same command clears it away and serves."""
+    port, run_dir = free_port(), tmp_path / "run"
+    data = [f"--set=data.en-de.{split}={file}" for split, file in toy_data.items()]
+    sets = [f"--set=model={toy_checkpoint}", *data, "--set=prompt.examples=0", f"--set=run_dir={run_dir}"]
+    raylp = [sys.executable, "-m", "raylp"]
+    made = [*raylp, "prune", "recipes/demo.yaml", "--layers", "1", *sets]
+    assert subprocess.run(made, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    serve = [*raylp, "serve", str(run_dir), "--set=serve.models=[pruned]", f"--set=serve.port={port}"]
+    env = {**os.environ, "RAY_ADDRESS": head[1]}
+
+    def start(log: Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as stream:
+            process = subprocess.Popen([*serve, "--set=serve.max_model_len=128"], stdout=stream, stderr=stream, env=env)
+        deadline = time.monotonic() + 4 * START_S
+        while "/v1  models: " not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        return process
+
+    first = start(tmp_path / "first.log")
+    first.kill()
+    first.wait()
+    assert is_up(f"http://127.0.0.1:{port}/health"), "a lasting cluster's Serve outlives its driver"
+    second = start(tmp_path / "second.log")
+    assert is_up(f"http://127.0.0.1:{port}/health")
+    second.send_signal(signal.SIGINT)
+    assert second.wait(START_S) == 0, (tmp_path / "second.log").read_text()
+    assert not is_up(f"http://127.0.0.1:{port}/health")
 
 
 def is_up(url: str) -> bool:

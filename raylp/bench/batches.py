@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from raylp.bench.load import Load, Measurement
 from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.errors import UserError
 from raylp.generate.base import NEVER, Request
-from raylp.generate.pool import Worker
+from raylp.generate.pool import START_S, Worker
 
 GONE_S = 30.0
 CPUS = 0.5  # that a resident model claims of the cluster: they take turns, each with all cores
@@ -75,13 +75,24 @@ def resident(models: Sequence[str], gpus: float, newline: bool, log: Path, most:
     actor = ray.remote(BatchWorker).options(**options)
     workers = {name: actor.remote(cluster.cores(), newline, str(log), most) for name in models}
     try:
-        pids = ray.get([worker.pid.remote() for worker in workers.values()])
+        try:
+            pids = ray.get([worker.pid.remote() for worker in workers.values()], timeout=START_S)
+        except ray.exceptions.GetTimeoutError:
+            raise UserError(
+                f"bench.batches: the cluster had no place for {len(models)} models in {START_S:.0f} s, though it is "
+                f"large enough: end other work on it, or name fewer bench.models",
+                1,
+            ) from None
+        processes = []
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                processes.append(psutil.Process(pid))
         yield workers
     finally:
         for worker in workers.values():
             ray.kill(worker)
     if cluster.num_nodes() == 1:  # their memory is free when they are gone
-        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], GONE_S)
+        psutil.wait_procs(processes, GONE_S)
 
 
 def check_room(needed: Mapping[str, float], available: float) -> None:

@@ -10,7 +10,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -198,6 +198,17 @@ async def _open(
         return asker.measurement(started)
 
 
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of events. httpx's own would also end at a line separator inside of an answer's JSON."""
+    rest = ""
+    async for text in answer.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
 class _Asker:
     """Asks one model, and keeps what came of it."""
 
@@ -242,7 +253,7 @@ class _Asker:
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 raise ValueError(f"status {answer.status_code}: {(await answer.aread()).decode(errors='replace')}")
-            async for line in answer.aiter_lines():
+            async for line in _lines(answer):
                 if self.answering.stream and (not line.startswith("data: ") or line == "data: [DONE]"):
                     continue
                 chunk = json.loads(line.removeprefix("data: "))

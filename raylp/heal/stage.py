@@ -478,7 +478,7 @@ def _merge(
 ) -> None:
     """In a process of its own, so that the driver never holds a model."""
     note = trained / "card.json"
-    note.write_text(json.dumps(card, ensure_ascii=False))
+    note.write_text(json.dumps(card, ensure_ascii=False), encoding="utf-8")
     log = context.rundir.logs() / f"heal-{name}-merge.log"
     command = [sys.executable, "-m", "raylp.heal.trainable", *map(str, (source, trained, target, note))]
     if problem := run_apart(command, log, task.beat):

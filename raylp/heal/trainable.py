@@ -8,7 +8,7 @@ from typing import Any
 
 from raylp.errors import UserError
 from raylp.heal.config import Heal
-from raylp.models.checkpoint import CARD, copy_beside_weights
+from raylp.models.checkpoint import copy_beside_weights, write_card
 from raylp.models.load import load_model, stored_dtype
 from raylp.models.stack import find_stack
 
@@ -101,7 +101,7 @@ def merge(base: Path, trained: Path, target: Path, card: dict[str, Any]) -> None
     model.save_pretrained(target)
     copy_beside_weights(base, target)
     card = {**card, "stack": card.get("stack") or find_stack(model).path}
-    (target / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    write_card(target, card)
 
 
 def main() -> None:
@@ -110,7 +110,7 @@ def main() -> None:
     for name in ("base", "trained", "target", "card"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    merge(given.base, given.trained, given.target, json.loads(given.card.read_text()))
+    merge(given.base, given.trained, given.target, json.loads(given.card.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
     if not card.exists():
         return None
     try:
-        return json.loads(card.read_text())
+        return json.loads(card.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{card} is not JSON: {error}") from error
 

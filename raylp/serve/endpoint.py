@@ -129,10 +129,22 @@ def endpoint(
         UserError: the port is taken, CPUs, GPUs or memory are too few, or an engine does not start in time.
     """
     config = context.recipe.serve
-    port = free_port(config.host, config.port)
+    if not (context.recipe.resources.address or os.environ.get("RAY_ADDRESS")):
+        free_port(config.host, config.port)  # no Ray is started for nothing
     cluster.start(context.recipe.resources)
+    with nullcontext() if cluster.is_own() else _held(f"{context.rundir.root}, process {os.getpid()}"):
+        _clear_leftovers()  # which would hold the port and the memory that are looked at next
+        with _running(context, models, on_progress) as served:
+            yield served
+
+
+@contextmanager
+def _running(context: Context, models: Mapping[str, Path], on_progress: Callable[[str], None]) -> Iterator[Endpoint]:
+    """As `endpoint`, on a Ray that serves nothing."""
     import ray
 
+    config = context.recipe.serve
+    port = free_port(config.host, config.port)
     engines = len(models) * config.replicas
     gpus = engine_gpus(config, engines, ray.cluster_resources().get("GPU", 0))
     dtype = serve_dtype(config, context.recipe.model.dtype, gpus)
@@ -154,17 +166,18 @@ def endpoint(
         check_memory(what, sum(weights), caches, processes, psutil.virtual_memory().available)
     logs = {name: context.rundir.logs() / f"serve-{name}.log" for name in models}
     url = f"http://{config.host}:{port}"
-    with nullcontext() if cluster.is_own() else _held(f"{context.rundir.root}, process {os.getpid()}"):
-        _clear_leftovers()
+    marks = {name: _logging_file(log) for name, log in logs.items()}
+    try:
+        _deploy(context, models, dtype, gpus, logs, port)
+        ready_s = _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
         try:
-            _deploy(context, models, dtype, gpus, logs, port)
-            ready_s = _wait_until_ready(list(models), config.ready_timeout_s, logs, on_progress)
-            try:
-                yield Endpoint(url, ready_s, {name: str(_logging_file(log)) for name, log in logs.items()})
-            finally:
-                _drain(config.drain_s)
+            yield Endpoint(url, ready_s, {name: str(mark) for name, mark in marks.items()})
         finally:
-            _shut_down(port)
+            _drain(config.drain_s)
+    finally:
+        _shut_down(port)
+        for mark in marks.values():
+            mark.unlink(missing_ok=True)
 
 
 def serve_args(
@@ -269,11 +282,13 @@ def api_keys(config: Serve) -> list[str]:
     if config.api_keys is None:
         return []
     try:
-        keys = read_keys(Path(config.api_keys).expanduser().read_text(encoding="utf-8"))
+        keys = read_keys(Path(config.api_keys).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"serve.api_keys: {config.api_keys} cannot be read: {error}") from error
     if not keys:
         raise UserError(f"serve.api_keys: {config.api_keys} has no key: write one a line")
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise UserError(f"serve.api_keys: {config.api_keys}: no client can send such a key; use ASCII letters, digits")
     return keys
 
 
@@ -589,4 +604,5 @@ def _logging_config(log: Path) -> str:
 
 
 def _logging_file(log: Path) -> Path:
-    return log.with_name(f".{log.stem}-logging.json")
+    """Another for each driver: two may serve one run at a time, and by this their engines are told apart."""
+    return log.with_name(f".{log.stem}-logging-{os.getpid()}.json")

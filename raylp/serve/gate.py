@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -73,31 +73,57 @@ class TooManyError(Exception):
 class Held:
     """The parts of an answer; what the stack holds is let go with the last of them, or when nobody takes any more.
 
+    `failure_in`: the error that a part tells of instead of raising it; what is held learns of it as if it were raised.
     A generator would not do: one that is never begun lets nothing go.
     """
 
-    def __init__(self, parts: AsyncIterable[Any], stack: ExitStack) -> None:
+    def __init__(
+        self,
+        parts: AsyncIterable[Any],
+        stack: ExitStack,
+        failure_in: Callable[[Any], Exception | None] = lambda part: None,
+    ) -> None:
         self._parts = aiter(parts)
         self._stack = stack
+        self._failure_in = failure_in
 
     def __aiter__(self) -> "Held":
         return self
 
     async def __anext__(self) -> Any:
         try:
-            return await anext(self._parts)
+            part = await anext(self._parts)
         except StopAsyncIteration:
             self._stack.close()
             raise
         except BaseException as error:
             self._give_up(error)
             raise
+        if (failure := self._failure_in(part)) is not None:
+            self._give_up(failure)
+        return part
 
     def __del__(self) -> None:
         self._give_up(GeneratorExit())
 
     def _give_up(self, error: BaseException) -> None:
         self._stack.__exit__(type(error), error, None)
+
+
+def told_error(part: Any) -> dict[str, Any] | None:
+    """The error in a part of a stream of server-sent events, as OpenAI's servers write it; None where there is none.
+
+    An engine that fails in the middle of a stream, or has died, says so in an event and ends the stream in good order.
+    """
+    text = part.decode(errors="replace") if isinstance(part, bytes) else str(part)
+    if '"error"' not in text:
+        return None
+    for line in text.split("\n"):
+        with suppress(ValueError):
+            event = json.loads(line.removeprefix("data: "))
+            if isinstance(event, dict) and isinstance(event.get("error"), dict):
+                return event["error"]
+    return None
 
 
 TRAFFIC = Traffic()  # of the endpoint of this process: the framework makes the gate, others ask about it

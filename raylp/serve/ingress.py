@@ -32,7 +32,7 @@ from raylp.generate.base import StopRule, stop_rule, to_output
 from raylp.generate.translate import Fitted, fit, one_line
 from raylp.models.load import load_tokenizer, read_config, read_generation_config
 from raylp.names import kind_of, whole_of
-from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, Held, TooManyError
+from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, Held, TooManyError, told_error
 from raylp.serve.slo import AUTO, Chooser, one_for_each_depth, read_objective
 
 HEALTH_S = 1.0
@@ -233,7 +233,7 @@ class RunIngress(OpenAiIngress):
             response = await answer(body, request)
             response.headers[MODEL_HEADER] = body.model
             if isinstance(response, StreamingResponse):
-                response.body_iterator = Held(response.body_iterator, stack.pop_all())
+                response.body_iterator = Held(response.body_iterator, stack.pop_all(), _failure_in)
             return response
 
     def _timing(self, model: str, load: int) -> AbstractContextManager[None]:
@@ -282,6 +282,15 @@ def _is_failure(error: Exception) -> bool:
     if isinstance(error, (HTTPException, OpenAIHTTPException)):
         return error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
     return int(get_response_for_error(error, "").error.code) >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _failure_in(part: Any) -> Exception | None:
+    """What a part of a stream tells of, as the error it would have been outside of one."""
+    if (told := told_error(part)) is None:
+        return None
+    code = told.get("code")
+    status = code if isinstance(code, int) and code >= HTTPStatus.BAD_REQUEST else HTTPStatus.INTERNAL_SERVER_ERROR
+    return OpenAIHTTPException(int(status), str(told.get("message")), str(told.get("type")))
 
 
 async def tell_error(request: Request, error: Exception) -> JSONResponse:
