@@ -48,8 +48,6 @@ def worker_env() -> dict[str, str]:
     }
     if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         env["VLLM_CPU_KVCACHE_SPACE"] = space
-    if num_gpus() == 0:
-        env["DS_ACCELERATOR"] = "cpu"
     return env
 
 

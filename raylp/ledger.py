@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from raylp.generate.base import LOOP_PERIOD, LOOP_REPEATS, LOOP_SPAN, Output, Request
@@ -49,9 +49,10 @@ def score_facts(
     }
 
 
-def decoding_of(chat: bool) -> str:
-    """How translations are made, as a line names it."""
-    return f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}"
+def decoding_of(chat: bool, stop: Iterable[int] = ()) -> str:
+    """How translations are made, as a line names it; `stop`: the tokens that end one."""
+    ends = hashlib.sha256(json.dumps(sorted(stop)).encode()).hexdigest()[:8]
+    return f"greedy|loop:{LOOP_PERIOD},{LOOP_REPEATS},{LOOP_SPAN}|chat:{chat}|stop:{ends}"
 
 
 def said(pair: str, outputs: Sequence[Output], seconds: float) -> dict[str, Any]:

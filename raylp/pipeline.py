@@ -19,6 +19,7 @@ from raylp.data.languages import pair_of, split_pair
 from raylp.data.prompt import Prompt, choose_examples
 from raylp.data.splits import SPLITS, check_disjoint, cut, text_hash
 from raylp.errors import UserError
+from raylp.generate.translate import read_stop_rule
 from raylp.heal.disk import checkpoint_bytes
 from raylp.machine import SERVING, machine, versions
 from raylp.metrics.objective import check as check_objective
@@ -158,7 +159,9 @@ def open_context(recipe: Recipe, reporter: Reporter) -> Context:
     if section.examples and not splits.train:
         raise UserError("prompt.examples are taken from the train split, and no corpus has one: name data.<name>.train")
     dtype = recipe.model.dtype
-    if dtype == "auto":
+    if dtype == "auto" and rundir.exists("manifest.json"):  # a run that goes on elsewhere goes on as it began
+        dtype = rundir.read_json("manifest.json")["model"]["dtype"]
+    elif dtype == "auto":
         dtype = "bfloat16" if cluster.num_gpus() else "float32"
     context = Context(recipe, rundir, splits, prompt, original, dtype, reporter)
     check_model(context)
@@ -318,6 +321,7 @@ def run(
                 "finished": _now(),
                 "summary": summary,
             }
+            manifest["data"] = _data_entry(context)  # what no stage had read by then may have changed
             rundir.write_json("manifest.json", manifest)
             reporter.line(f"{stage.name}: {seconds:.0f} s")
         if rundir.exists("bench.json") or rundir.exists("evaluate.json"):
@@ -393,6 +397,7 @@ def fingerprints(context: Context) -> dict[str, str]:
             context.prompt.model_dump(mode="json"),
             fingerprint(context.original),
             context.dtype,
+            sorted(read_stop_rule(context.original, context.prompt.newline).stop),
         ]
         if stage.name == "distill" and (teacher := _teacher_print(context)):
             content.append(teacher)

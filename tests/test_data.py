@@ -117,6 +117,15 @@ def test_an_answer_ends_as_the_chat_template_ends_it(toy_checkpoint: Path) -> No
     assert Prompt(chat=True).target_tokens(tokenizer, "remi") == [*words, end]
 
 
+def test_a_model_that_may_think_is_told_to_answer(toy_checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(toy_checkpoint)
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if enable_thinking is not defined or enable_thinking %} remi{% endif %}"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "gofa"}], tokenize=False) == "gofa remi"
+    prompt = Prompt(chat=True, template="{source}").prompt_tokens(tokenizer, "gofa", "xx-yy")
+    assert prompt == tokenizer("gofa").input_ids
+
+
 def test_prompt_errors(toy_checkpoint: Path) -> None:
     with pytest.raises(UserError, match="is not a field"):
         Prompt(template="{sauce}").ask("x", "en-de")

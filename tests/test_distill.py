@@ -290,6 +290,13 @@ def test_the_teacher_translates_every_row_once(tmp_path: Path, toy_data: dict[st
     tokenizer = toy.toy_tokenizer()
     assert all(row["tokens"] == len(tokenizer(f" {row['translation']}\n").input_ids) for row in fine)
     assert not context.rundir.names(".work/distill"), "nothing is left of the work"
+    # One that is killed at the very end leaves parts, and a cache without the table; the next start sees to both.
+    asked = _digest(
+        context, context.recipe.distill, _teacher(context, context.recipe.distill), context.splits.train[:40]
+    )
+    context.rundir.write_text(f".work/distill/{asked}/part-1.jsonl", "")
+    shutil.rmtree(tmp_path / "cache")
+    assert distill(context) == summary and not context.rundir.names(".work/distill")
     for name, cache in (("second", "cache"), ("third", "run")):
         other = asks(name, cache)
         assert distill(other) == summary and other.rundir.complete("distill")

@@ -338,6 +338,17 @@ def test_front_matter_is_yaml_whatever_the_run_is_about(tmp_path: Path) -> None:
         assert matter.get("license_name", "") == ("" if said != "other" else licence)
 
 
+def test_the_card_of_a_model_that_may_think_has_it_answer(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    chat = Prompt(chat=True).model_dump(mode="json")
+    assert "enable_thinking" not in told(rundir, "healed-15", prompt=chat)[0]
+    template = Path(rundir.url) / "models" / "healed-15" / "chat_template.jinja"
+    template.write_text("{{ enable_thinking }}", encoding="utf-8")
+    text, _ = told(rundir, "healed-15", prompt=chat)
+    assert 'return_tensors="pt", enable_thinking=False)' in text
+    assert 'chat_template_kwargs={"enable_thinking": False})' in text
+
+
 def test_no_place_of_this_machine_is_in_a_portable_recipe() -> None:
     here = "/home/someone/secret"
     recipe = {

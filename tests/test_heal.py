@@ -30,7 +30,7 @@ from raylp.heal.disk import checkpoint_bytes, trained_parameters
 from raylp.heal.examples import choose, tokenise
 from raylp.heal.loop import _packing, _Worker, is_out_of_memory
 from raylp.heal.pack import loss_sum, pack, packed_length
-from raylp.heal.stage import adapting, heal, heal_model
+from raylp.heal.stage import LOOKS, WORK, _clear, adapting, heal, heal_model
 from raylp.heal.trainable import make_trainable, merge, save_trained
 from raylp.metrics.ngram import metric
 from raylp.models.checkpoint import card_for, count_parameters, read_card, save_checkpoint
@@ -242,6 +242,18 @@ def test_a_mixture_is_not_trained_over_4_bits(tmp_path: Path, toy_data: dict[str
     recipe = parse_recipe(toy_recipe(mixture, toy_data, tmp_path / "run", heal={"method": "qlora", "when": "before"}))
     with pytest.raises(UserError, match="qlora leaves a mixture's experts"):
         open_context(recipe, Reporter(quiet=True))
+
+
+def test_what_other_trainings_of_a_model_left_is_cleared_away(tmp_path: Path) -> None:
+    rundir = RunDir(str(tmp_path / "run"))
+    theirs = ("healed-14-w8a8-0123456789ab", "baseline-healed-14-0123456789ab")
+    for name in ("healed-14-0123456789ab", "healed-14-ba9876543210", *theirs):
+        for place in (WORK, LOOKS):
+            rundir.write_text(f"{place}/{name}/checkpoint", "x")
+    _clear(rundir, "healed-14", "healed-14-ba9876543210")
+    assert rundir.names(WORK) == rundir.names(LOOKS) == sorted(("healed-14-ba9876543210", *theirs))
+    _clear(rundir, "healed-14")
+    assert rundir.names(WORK) == rundir.names(LOOKS) == sorted(theirs)
 
 
 def test_adapting_needs_no_teacher() -> None:

@@ -8,7 +8,8 @@ import toy
 from conftest import toy_recipe
 
 from raylp.data.corpus import read_pairs
-from raylp.data.prompt import Prompt
+from raylp.data.prompt import Prompt, beside_examples
+from raylp.data.splits import text_hash
 from raylp.data.tokens import Example, examples_of
 from raylp.errors import UserError
 from raylp.generate.transformers_view import TransformersGenerator
@@ -236,7 +237,8 @@ def test_the_stage_makes_stock_checkpoints(toy_checkpoint, toy_data, tmp_path, r
     scores = {name: model["scores"]["xx-yy"]["chrF2++"]["value"] for name, model in models.items()}
     assert scores["concatenated-6"] > 95 > 80 > scores["pruned-6"], scores
     card = read_card(rundir.local("models/compensated-6"))
-    assert card["repair"] == {"method": "compensate", "sentences": 24}
+    pairs = beside_examples(read_pairs(toy_data["train"], "xx-yy"), {}, 24)
+    assert card["repair"] == {"method": "compensate", "sentences": 24, "sha256": text_hash(pairs)}
     assert set(card["found"]) == {"2", "4"}
     compared = {(c["a"], c["b"]) for c in rundir.read_json("results.json")["comparisons"]}
     assert ("concatenated-6", "pruned-6") in compared

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from raylp.errors import UserError
 from raylp.generate.pool import plan_workers
 from raylp.generate.transformers_view import TransformersGenerator
+from raylp.ledger import decoding_of
 from raylp.metrics.ngram import metric
 from raylp.models.load import load_model, load_tokenizer
 from raylp.models.source import fingerprint
-from raylp.pipeline import open_context, run
+from raylp.pipeline import fingerprints, open_context, run
 from raylp.progress import Reporter
 from raylp.recipe import Resources, parse_recipe
+from raylp.rundir import RunDir
 from raylp.search.blocks import Block, make_blocks
 from raylp.search.stage import stack_path
 from raylp.search.worker import Translate, Weigh, pieces
@@ -99,6 +102,51 @@ def test_again_is_at_once(searched: Path, toy_checkpoint: Path, toy_data: dict[s
     plan, count = (searched / "plan.json").read_text(), len(generations(searched))
     run(recipe_for(toy_checkpoint, toy_data, searched), Reporter(quiet=True))
     assert (searched / "plan.json").read_text() == plan and len(generations(searched)) == count
+
+
+def test_what_ends_a_translation_is_part_of_what_its_score_is_of(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    assert decoding_of(False, [1, 2]) == decoding_of(False, [2, 1]) != decoding_of(False, [1])
+    other = shutil.copytree(toy_checkpoint, tmp_path / "other")
+    file = other / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [1, 5]}))
+    assert fingerprint(other) == fingerprint(toy_checkpoint)
+    contexts = [
+        open_context(recipe_for(model, toy_data, tmp_path / model.name), Reporter(quiet=True))
+        for model in (toy_checkpoint, other)
+    ]
+    assert len({fingerprints(context)["search"] for context in contexts}) == 2
+
+
+def test_a_run_goes_on_in_the_type_it_began_in(toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path) -> None:
+    """Also where what `auto` stands for is another, as on a machine with a GPU."""
+    recipe = recipe_for(toy_checkpoint, toy_data, tmp_path / "run")
+    assert open_context(recipe, Reporter(quiet=True)).dtype == "float32"
+    RunDir(str(tmp_path / "run")).write_json("manifest.json", {"model": {"dtype": "bfloat16"}, "stages": {}})
+    assert open_context(recipe, Reporter(quiet=True)).dtype == "bfloat16"
+
+
+def test_an_interrupted_evaluate_takes_no_translations_of_other_text(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """The test text changes between a kill and the next start; what the manifest says of it changes too."""
+    rows = [json.loads(line) for line in toy_data["test"].read_text().splitlines()][:20]
+    data = {**toy_data, "test": tmp_path / "test.jsonl"}
+    sections = {"search": {"given": [2]}, "evaluate": {"models": ["baseline"], "metrics": ["chrF++"]}}
+    recipe = recipe_for(toy_checkpoint, data, tmp_path / "run", **sections)
+    hashes = []
+    for targets in (rows[0]["target"], "quite other words"):
+        rows[0]["target"] = targets
+        data["test"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rundir = run(recipe, Reporter(quiet=True))
+        said = [json.loads(line) for line in rundir.read_text("translations/baseline/xx-yy.jsonl").splitlines()]
+        assert [row["target"] for row in said] == [row["target"] for row in rows]
+        manifest = rundir.read_json("manifest.json")
+        hashes.append(manifest["data"]["test xx-yy"]["sha256"])
+        del manifest["stages"]["evaluate"]  # as if it had been killed at its end
+        rundir.write_json("manifest.json", manifest)
+    assert len(set(hashes)) == 2
 
 
 def test_a_lost_plan_comes_back_from_the_ledger(

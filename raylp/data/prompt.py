@@ -14,6 +14,9 @@ from raylp.errors import UserError
 from raylp.generate.base import Request
 
 DEFAULT_TEMPLATE = "{source_language}: {source}\n{target_language}:"
+# For every chat template: of a model that may think before it answers, the answer alone. Templates leave out what they
+# do not know.
+CHAT_OPTIONS = {"enable_thinking": False}
 
 
 class Bound(BaseModel):
@@ -71,7 +74,9 @@ class Prompt(BaseModel):
                 turns.append({"role": "assistant", "content": translation})
             turns.append({"role": "user", "content": self.ask(source, pair)})
             return list(
-                tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+                tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, tokenize=True, return_dict=False, **CHAT_OPTIONS
+                )
             )
         text = "".join(self.ask(example, pair) + " " + translation + "\n" for example, translation in shown)
         return list(tokenizer(text + self.ask(source, pair)).input_ids)
@@ -119,7 +124,7 @@ def _end_of_turn(tokenizer: Any) -> int:
     """
     said = "raylp"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False, **CHAT_OPTIONS).rpartition(said)[2]
     ids = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids
     added = tokenizer.added_tokens_decoder
     return ids[0] if ids and ids[0] in added and added[ids[0]].special else tokenizer.eos_token_id

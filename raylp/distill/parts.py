@@ -112,7 +112,3 @@ class Parts:
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         return parse_jsonl(self.rundir.read_text(f"{self.place}/{name}"))
-
-    def clear(self) -> None:
-        """Nothing is left of them."""
-        self.rundir.remove(self.place)

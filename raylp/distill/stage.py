@@ -30,11 +30,12 @@ from raylp.distill.filters import HeldOut, Judge, Row, usual_length_ratios
 from raylp.distill.parts import Parts, Said
 from raylp.distill.select import Rate, best, by_chrf, by_likelihood
 from raylp.errors import UserError
-from raylp.generate.base import Output, Request, StopRule, stop_rule, to_output
+from raylp.generate.base import Output, Request, StopRule, to_output
 from raylp.generate.engine_log import error_lines
+from raylp.generate.translate import read_stop_rule
 from raylp.metrics.registry import check as check_metric
 from raylp.metrics.registry import full_name, is_comet
-from raylp.models.load import load_tokenizer, max_positions, read_config, read_generation_config
+from raylp.models.load import load_tokenizer, max_positions
 from raylp.models.source import fingerprint, locate
 from raylp.progress import heartbeat
 from raylp.quantize.engines import identity
@@ -86,11 +87,12 @@ def distill(context: Context) -> dict[str, Any]:
     began = time.monotonic()
     asked = _digest(context, config, teacher, pairs)
     judged = _judged(context, config, asked)
+    cache = RunDir(context.recipe.cache) if context.recipe.cache else None
     if context.rundir.complete("distill"):
         there = context.rundir.read_json("distill/summary.json")
         if there.get("of") == judged:
+            _tidy(context, asked, judged, cache)  # what one that was killed at the end left to do
             return there
-    cache = RunDir(context.recipe.cache) if context.recipe.cache else None
     if cache is not None and (place := _made_before(cache, judged)):
         _copy(cache, place, context.rundir, "distill")
         context.reporter.line(f"distill: taken over from {cache.uri(place)}")
@@ -118,13 +120,18 @@ def distill(context: Context) -> dict[str, Any]:
             "seconds": round(time.monotonic() - began, 1),
         }
         (target / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    parts.clear()
-    if cache is not None and cache.uri("") != context.rundir.uri(""):
-        _copy(context.rundir, "distill", cache, f"{SHARED}/{judged}")
+    _tidy(context, asked, judged, cache)
     if not summary["kept"]:
         most = max(summary["rejected"], key=lambda reason: summary["rejected"][reason])
         context.reporter.line(f"distill: every row was rejected, most as {most!r}: see distill/teacher.parquet")
     return summary
+
+
+def _tidy(context: Context, asked: str, judged: str, cache: RunDir | None) -> None:
+    """The table is there: its parts are not needed any more, and the cache gets it where it has not."""
+    context.rundir.remove(f"{WORK}/{asked}")
+    if cache is not None and cache.uri("") != context.rundir.uri("") and not _made_before(cache, judged):
+        _copy(context.rundir, "distill", cache, f"{SHARED}/{judged}")
 
 
 def _made_before(cache: RunDir, judged: str) -> str | None:
@@ -164,8 +171,7 @@ def _files(context: Context, config: Distill) -> Path:
 def _teacher(context: Context, config: Distill) -> Teacher:
     files = _files(context, config)
     tokenizer = load_tokenizer(files)
-    text_config = read_config(files).get_text_config(decoder=True)
-    rule = stop_rule(tokenizer, [text_config, read_generation_config(files)], context.prompt.newline)
+    rule = read_stop_rule(files, context.prompt.newline)
     path = files if config.is_another else context.baseline
     return Teacher(path, tokenizer, rule, engine_dtype(config, context.recipe.resources))
 

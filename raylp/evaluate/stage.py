@@ -1,17 +1,19 @@
 """Every model of a run translates every test set; scores, intervals, paired comparisons."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raylp import cluster
 from raylp.context import Context
-from raylp.data.corpus import Pair, write_jsonl
+from raylp.data.corpus import Pair, parse_jsonl, write_jsonl
 from raylp.evaluate.results import write_results
 from raylp.evaluate.scores import score_translations
 from raylp.generate.layout import Layout
 from raylp.generate.pool import Pool, batch_size_of, plan_workers
 from raylp.generate.schedule import even
+from raylp.generate.translate import read_stop_rule
 from raylp.ledger import (
     TRANSLATION,
     Ledger,
@@ -62,7 +64,7 @@ def evaluate(context: Context) -> dict[str, Any]:
         Job(name, path, test_set, examples, *runs_in[name])
         for name, path in models.items()
         for test_set, examples in context.splits.test.items()
-        if not context.rundir.exists(f"translations/{name}/{test_set}.jsonl")
+        if not _is_translated(context, name, test_set, examples)
     ]
     layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
     rows = batch_size_of(context.recipe.resources, layout)
@@ -162,6 +164,17 @@ def comparisons(names: list[str], in_turn: bool = False) -> list[tuple[str, str]
     return [(a, b) for a, b in pairs if a in names and b in names]
 
 
+def _is_translated(context: Context, name: str, test_set: str, examples: Sequence[Pair]) -> bool:
+    """Whether the translations are there, and of these examples: test text may change until the stage is done."""
+    place = f"translations/{name}/{test_set}.jsonl"
+    if not context.rundir.exists(place):
+        return False
+    rows = parse_jsonl(context.rundir.read_text(place))
+    return len(rows) == len(examples) and all(
+        row == {**row, **example.as_dict()} for row, example in zip(rows, examples, strict=True)
+    )
+
+
 def _translate(context: Context, ledger: Ledger, pool: Pool, task: Task, job: Job, rows: int) -> None:
     """One model over one test set, at most `rows` sentences at a time; what any run with this ledger has translated
     is taken from it.
@@ -170,7 +183,8 @@ def _translate(context: Context, ledger: Ledger, pool: Pool, task: Task, job: Jo
     requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
     room = max(len(request.tokens) + request.max_new_tokens for request in requests)
     parts = {start: slice(start, start + BLOCK) for start in range(0, len(examples), BLOCK)}
-    model, decoding = identity(path), decoding_of(context.prompt.chat)
+    ends = read_stop_rule(path, context.prompt.newline).stop
+    model, decoding = identity(path), decoding_of(context.prompt.chat, ends)
     facts = {}
     for start, part in parts.items():
         block = block_hash(requests[part], [example.target for example in examples[part]])

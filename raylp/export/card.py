@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from raylp.data.languages import language_name, pair_of, split_pair
 from raylp.data.prompt import Prompt
 from raylp.models.checkpoint import quantised_facts, read_card
+from raylp.models.files import may_think
 from raylp.models.load import max_positions, read_generation_config
 from raylp.models.source import PACKAGE_PREFIX, find_fetched, licence
 from raylp.names import kind_of, whole_of
@@ -106,6 +107,11 @@ class ModelFacts:
         """Whether the checkpoint asks for a repetition penalty, which it was not measured with."""
         there = (self.path / "generation_config.json").exists()
         return there and getattr(read_generation_config(self.path), "repetition_penalty", None) not in (None, 1.0)
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the model must be told not to think before it answers, as it was measured."""
+        return may_think(self.path)
 
     @property
     def licence(self) -> str:

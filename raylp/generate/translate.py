@@ -13,10 +13,17 @@ from pydantic import ValidationError
 from raylp.data.languages import split_pair
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
-from raylp.generate.base import Generator, Output, Request
+from raylp.generate.base import Generator, Output, Request, StopRule, stop_rule
 from raylp.models.checkpoint import CARD, read_card
 from raylp.models.files import check_checkpoint
-from raylp.models.load import load_model, load_tokenizer, max_positions, stored_dtype
+from raylp.models.load import (
+    load_model,
+    load_tokenizer,
+    max_positions,
+    read_config,
+    read_generation_config,
+    stored_dtype,
+)
 from raylp.quantize.engines import check_engine, engine_of
 
 VLLM_ROOM = 8192  # tokens of a line with its prompt and translation: vLLM sets memory aside for the longest
@@ -143,6 +150,12 @@ def _fit_line(tokenizer: Any, prompt: Prompt, line: str, pair: str, room: int, n
 def _request(tokenizer: Any, prompt: Prompt, source: str, pair: str) -> Request:
     (request,) = prompt.requests(tokenizer, [(source, pair)])
     return request
+
+
+def read_stop_rule(path: Path, newline: bool = True) -> StopRule:
+    """What ends a translation by the model in `path`; see `stop_rule`."""
+    configs = [read_config(path).get_text_config(decoder=True), read_generation_config(path)]
+    return stop_rule(load_tokenizer(path), configs, newline)
 
 
 def one_line(text: str) -> str:

@@ -97,6 +97,8 @@ def _prepare_and_run(
         torch.set_float32_matmul_precision("medium")
     worker.say("loading the model")
     device = str(ray.train.torch.get_device())
+    # Else it takes what it finds: a GPU that was not asked for, or nothing it knows.
+    os.environ["DS_ACCELERATOR"] = device.partition(":")[0]
     source = Path(job["source"])
     if not source.is_dir():
         raise UserError(

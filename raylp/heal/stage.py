@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from raylp.search.prune import prune_leg
 from raylp.search.stage import leg_folder, leg_stops, search_leg
 
 WORK, LOOKS = ".work/heal", ".work/heal-looks"
+DIGITS = 12  # of a digest, in hex
 POLL_S = 1.0
 MAX_FAILURES = 3
 
@@ -169,9 +171,11 @@ def heal_model(
     if config.loss.needs_base:
         job |= {"teacher": str(context.baseline), "removed": removed}
     run_name = f"{name}-{_digest(source, job, train, dev)}"
+    _clear(context.rundir, name, run_name)
     if context.rundir.complete(f"models/{name}") and context.rundir.exists(f"heal/{name}.json"):
         done = context.rundir.read_json(f"heal/{name}.json")
         if done.pop("run") == run_name:
+            _clear(context.rundir, name)
             return done
     began = time.monotonic()
     shutil.rmtree(context.rundir.scratch(SCRATCH))  # what was left by one that was killed
@@ -201,10 +205,17 @@ def heal_model(
             f"{name}: ended after {len(history)} of {len(steps)} steps: {config.patience} looks at dev were no better"
         )
     context.rundir.write_json(f"heal/{name}.json", {"run": run_name, **result})
-    for place in (WORK, LOOKS):
-        context.rundir.remove(f"{place}/{run_name}")
+    _clear(context.rundir, name)
     shutil.rmtree(context.rundir.scratch(SCRATCH))
     return result
+
+
+def _clear(rundir: RunDir, name: str, but: str = "") -> None:
+    """Removes the checkpoints of the model's trainings: of all, or of those that did not have the inputs of `but`."""
+    for place in (WORK, LOOKS):
+        for other in rundir.names(place):
+            if other != but and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{{DIGITS}}}", other):
+                rundir.remove(f"{place}/{other}")
 
 
 def _kept(config: Heal, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -297,7 +308,7 @@ def _digest(source: Path, job: dict[str, Any], train: Sequence[Example], dev: Se
         digest.update(repr((example.prompt, example.target)).encode())
         if example.top is not None:
             digest.update(example.top.ids.tobytes() + example.top.logprobs.tobytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:DIGITS]
 
 
 def _fit(

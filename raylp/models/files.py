@@ -59,6 +59,12 @@ def checkpoint_files(path: Path) -> list[Path]:
     return [path / CONFIG, *index, *weights, *files_beside(path)]
 
 
+def may_think(path: Path) -> bool:
+    """Whether the chat template of the model in `path` asks if it may think before it answers (Qwen3 and its like)."""
+    files = (path / "chat_template.jinja", path / "tokenizer_config.json")
+    return any("enable_thinking" in file.read_text(encoding="utf-8") for file in files if file.exists())
+
+
 def check_checkpoint(path: Path) -> None:
     """Reads the beginnings of all files of the checkpoint in `path`.
 

@@ -9,6 +9,7 @@ from raylp import cluster
 from raylp.context import Context
 from raylp.data.corpus import Pair
 from raylp.data.prompt import Prompt, beside_examples
+from raylp.data.splits import text_hash
 from raylp.data.tokens import examples_of
 from raylp.errors import UserError
 from raylp.generate.pool import plan_workers
@@ -33,7 +34,7 @@ def repair(context: Context) -> dict[str, Any]:
     pairs = beside_examples(context.splits.train, context.prompt.examples, section.sentences)
     made = []
     for method in section.methods:
-        facts: dict[str, Any] = {"method": method, "sentences": len(pairs)}
+        facts: dict[str, Any] = {"method": method, "sentences": len(pairs), "sha256": text_hash(pairs)}
         if method == "merge":
             facts["merge_above"] = section.merge_above
         more = (section, pairs, "cuda" if gpus else "cpu")

@@ -19,6 +19,7 @@ from raylp.search.short_heal import ShortHeal, chosen_examples
 from raylp.search.worker import Force, HealAndTranslate, Translate, Weigh, Work
 
 ROTATIONS = 20
+GREEDY = decoding_of(chat=False)
 Compute = Callable[[list[Work]], Iterable[tuple[Work, list[dict[str, Any]]]]]
 
 
@@ -41,7 +42,7 @@ class LedgerEvaluator:
         compute: Compute,
         backend: str,
         dtype: str,
-        chat: bool = False,
+        decoding: str = GREEDY,
         gpus_per_worker: float = 0,
         seed: int = 0,
         encode: Callable[[str], list[int]] | None = None,
@@ -55,7 +56,7 @@ class LedgerEvaluator:
         self.gpus_per_worker, self.seed, self.encode, self.on_unit = gpus_per_worker, seed, encode, on_unit
         self.heals_on, self.short_heal, self.at_once = list(heals_on), short_heal, at_once
         self.sizes = [len(block) for block in self.blocks]
-        self.decoding = decoding_of(chat)
+        self.decoding = decoding
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key
         self._said: dict[Any, float] = {}  # tokens said, as a share of their bound: by set, and by last layer
         self._noise: float | None = None

@@ -12,8 +12,9 @@ from raylp.data.tokens import Example
 from raylp.errors import UserError
 from raylp.generate.layout import Layout
 from raylp.generate.pool import Pool, batch_size_of, plan_workers
+from raylp.generate.translate import read_stop_rule
 from raylp.heal.examples import choose, tokenise
-from raylp.ledger import Ledger
+from raylp.ledger import Ledger, decoding_of
 from raylp.metrics.intervals import Score
 from raylp.metrics.objective import Objective, objective_name
 from raylp.models.checkpoint import count_parameters, stack_size
@@ -250,7 +251,7 @@ def make_evaluator(
         compute,
         pinned_backend(context, pool, task, blocks, dtype),
         dtype,
-        context.prompt.chat,
+        decoding_of(context.prompt.chat, read_stop_rule(path, context.prompt.newline).stop),
         layout.gpus,
         section.seed,
         (lambda text: context.prompt.target_tokens(tokenizer, text)) if layout.gpus else None,

@@ -22,6 +22,7 @@ import yaml
 from raylp import cluster, machine
 from raylp.context import Context
 from raylp.data.languages import pair_of
+from raylp.data.prompt import CHAT_OPTIONS
 from raylp.errors import UserError
 from raylp.generate.engine_log import error_lines
 from raylp.generate.vllm_engine import (
@@ -33,6 +34,7 @@ from raylp.generate.vllm_engine import (
     kv_cache_bytes,
 )
 from raylp.models.checkpoint import count_parameters, sizes
+from raylp.models.files import may_think
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
 from raylp.quantize.engines import engine_of, run_by
@@ -99,6 +101,8 @@ def usage(context: Context, url: str, names: Sequence[str]) -> str:
     body: dict[str, Any] = {"model": names[-1], "max_tokens": 16, "temperature": 0}
     if context.prompt.chat:
         path, body["messages"] = "chat/completions", [{"role": "user", "content": asked}]
+        if may_think(context.original):
+            body["chat_template_kwargs"] = CHAT_OPTIONS
     else:
         path, body["prompt"], body["stop"] = "completions", asked, "\n"
     data = shlex.quote(json.dumps(body, ensure_ascii=False))

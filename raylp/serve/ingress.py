@@ -28,9 +28,9 @@ from vllm.exceptions import VLLMClientError
 from raylp.data.prompt import Prompt
 from raylp.errors import UserError
 from raylp.generate.base import Request as Wanted
-from raylp.generate.base import StopRule, stop_rule, to_output
-from raylp.generate.translate import Fitted, fit, one_line
-from raylp.models.load import load_tokenizer, read_config, read_generation_config
+from raylp.generate.base import to_output
+from raylp.generate.translate import Fitted, fit, one_line, read_stop_rule
+from raylp.models.load import load_tokenizer
 from raylp.names import kind_of, whole_of
 from raylp.serve.gate import RETRY_AFTER_S, TRAFFIC, Held, TooManyError, told_error
 from raylp.serve.slo import AUTO, Chooser, one_for_each_depth, read_objective
@@ -79,8 +79,7 @@ class RunIngress(OpenAiIngress):
         # The models of a run share both: they are cut from one.
         path = Path(next(iter(models.values()))["path"])
         self.tokenizer = load_tokenizer(path)
-        configs = [read_config(path).get_text_config(decoder=True), read_generation_config(path)]
-        self.rule: StopRule = stop_rule(self.tokenizer, configs, self.prompt.newline)
+        self.rule = read_stop_rule(path, self.prompt.newline)
         self._health: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
