@@ -1,6 +1,7 @@
 """The command line: `raylp VERB`. Results on stdout, progress on stderr; exit 0, 1 (failed) or 2 (wrong usage)."""
 
 import codecs
+import io
 import os
 import signal
 import sys
@@ -351,6 +352,9 @@ def doctor() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Every error is one line on stderr; `--debug` adds the traceback."""
     stop = _ignore_second_signal()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale may lack what tables are drawn with
+            stream.reconfigure(errors="replace")
     try:
         code = app(arguments, standalone_mode=False) or 0
         if code == INTERRUPTED:

@@ -287,6 +287,8 @@ def check_machine() -> Iterator[Check]:
     yield check_disk("disk here", Path.cwd(), "checkpoints and logs go to run_dir: set it to a disk with room")
 
     temporary = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+    while not temporary.exists() and temporary != temporary.parent:  # Ray will make it
+        temporary = temporary.parent
     usage = shutil.disk_usage(temporary)
     percent = 100 * (1 - usage.free / usage.total)
     full = percent > RAY_DISK_LIMIT_PERCENT

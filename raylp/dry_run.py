@@ -9,11 +9,12 @@ from rich.table import Table
 
 from raylp import cluster
 from raylp.context import Context
-from raylp.generate.layout import CPU_BYTES
+from raylp.generate.layout import CPU_BYTES, MAX_ON_CPU
 from raylp.generate.pool import make_generator
 from raylp.models.checkpoint import count_parameters
 from raylp.pipeline import check_names, needed_disk, num_depths, open_context, wanted_stages
 from raylp.progress import Reporter
+from raylp.quantize.engines import are_shared, weights_bytes
 from raylp.recipe import Recipe
 from raylp.search.targets import most_evaluations, target_of
 
@@ -57,12 +58,15 @@ def dry_run(recipe: Recipe, out: TextIO) -> dict[str, dict[str, Any]]:
     console = Console(file=out, width=None if out.isatty() else 110)
     console.print(table)
     parameters, size = count_parameters(context.original)
+    workers = min(cluster.cores(), MAX_ON_CPU)
+    copies = 1 if are_shared(context.original, context.dtype) else workers
+    memory = copies * weights_bytes(context.original, context.dtype) + workers * CPU_BYTES
     console.print(
         f"model: {parameters / 1e6:,.0f}M parameters, {size / 1e9:.2f} GB; {measured['tokens_per_s']:.0f} tokens/s "
         f"here, {measured['sentences']} sentences timed"
     )
     console.print(
-        f"memory: about {(size + CPU_BYTES * min(cluster.cores(), 4)) / 1e9:.1f} GB in the search, "
+        f"memory: about {memory / 1e9:.1f} GB in the search with {workers} workers, "
         f"{psutil.virtual_memory().available / 1e9:.1f} GB free; disk: about {needed_disk(context) / 1e9:.1f} GB"
     )
     return stages
@@ -124,7 +128,8 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
 def _time(context: Context) -> dict[str, float]:
     """Tokens a second of the unpruned model on a batch of the recipe's sentences, tokens and bound of a sentence."""
     generator: Any = make_generator(context.original, "transformers", context.dtype, context.prompt.newline)
-    examples = context.splits.search or context.splits.train or next(iter(context.splits.test.values()))
+    examples = context.splits.search or context.splits.train or context.splits.mono
+    examples = examples or next(iter(context.splits.test.values()))
     asked = [(example.source, example.pair) for example in examples[:TIMED_SENTENCES]]
     requests = context.prompt.requests(generator.tokenizer, asked)
     started = time.perf_counter()

@@ -200,6 +200,8 @@ def check_names(context: Context, only: str | None) -> None:
         kind = kind_of(whole)
         if kind not in made or (kind != whole and kind not in CUT_KINDS):
             return False
+        if kind != whole and (depths := _depths(context)) and int(whole.removeprefix(f"{kind}-")) not in depths:
+            return False
         if not scheme:
             return True
         # A variant is named in full: `healed` stands for the run's one, `healed-gptq` for none.
@@ -210,14 +212,17 @@ def check_names(context: Context, only: str | None) -> None:
         for name in names if only in (None, key.partition(".")[0]) else ():
             there = known(name, key) or any(name in (own, kind_of(own)) for own in rundir.names("models"))
             if not there:
-                raise UserError(f"{key}: this recipe makes no model {name!r}; it makes {', '.join(made)}")
+                depths = _depths(context)
+                at = f", cut to {' and '.join(map(str, sorted(depths)))} layers" if depths else ""
+                raise UserError(f"{key}: this recipe makes no model {name!r}; it makes {', '.join(made)}{at}")
 
 
 def check_model(context: Context) -> None:
-    """The model has a decoder stack, and enough layers for the recipe."""
-    from raylp.models.load import model_class
+    """The model has a decoder stack, layers that can be left out, and enough of them for the recipe."""
+    from raylp.models.load import check_layers, model_class
 
     model_class(context.original)
+    check_layers(context.original)
     num_layers = stack_size(context.original)
     heal, search = context.recipe.heal, context.recipe.search
     if heal is not None and heal.method == "qlora" and any(map(is_expert, numbered_tensors(context.original))):
@@ -226,12 +231,25 @@ def check_model(context: Context) -> None:
         )
     if search is None:
         return
-    for name in search.objective:
-        check_objective(name)
     if search.given is not None:
         given_depths(search, num_layers)
-    else:
-        target_of(search, context.original)
+        return
+    target_of(search, context.original)
+    rundir = context.rundir
+    if not (rundir.exists("manifest.json") and "search" in rundir.read_json("manifest.json")["stages"]):
+        for name in search.objective:
+            check_objective(name)
+
+
+def _depths(context: Context) -> set[int] | None:
+    """The numbers of layers that stay in the models of the run, where the recipe says so."""
+    section = context.recipe.search
+    if section is None or section.max_loss is not None:
+        return None
+    num_layers = stack_size(context.original)
+    if section.given is not None:
+        return {depth["layers"] for depth in given_depths(section, num_layers)}
+    return {num_layers - section.remove} if section.remove is not None else set(section.depths) or None
 
 
 def read_splits(recipe: Recipe) -> Splits:

@@ -92,8 +92,8 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
 def _from_here(recipe: Recipe, root: Path) -> list[str]:
     """Overrides that keep directories where they are meant: a job runs in a copy that Ray throws away."""
     places = {"run_dir": recipe.run_dir, "cache": recipe.cache}
-    near = {key: place for key, place in places.items() if place and "://" not in place}
-    return [f"{key}={root / place}" for key, place in near.items() if not Path(place).is_absolute()]
+    near = {key: Path(place).expanduser() for key, place in places.items() if place and "://" not in place}
+    return [f"{key}={root / path}" for key, path in near.items() if str(path) != places[key] or not path.is_absolute()]
 
 
 def _short(error: Exception) -> str:

@@ -113,6 +113,7 @@ def test_a_jobs_run_directory_is_the_submitters(recipe: Path, tmp_path: Path) ->
 
     near = ["run_dir=runs/a", "cache=runs/cache"]
     assert told(*near) == [f"run_dir={tmp_path}/runs/a", f"cache={tmp_path}/runs/cache"]
+    assert told("run_dir=~/runs/a") == [f"run_dir={Path.home()}/runs/a"]
     assert told("run_dir=/shared/a") == told("run_dir=s3://bucket/a") == []
 
 

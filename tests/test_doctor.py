@@ -138,3 +138,8 @@ def test_a_failure_and_its_remedy_are_easy_to_see() -> None:
         "2 checks, 1 failed, 0 with a warning",
     ]
     assert doctor.failed([Check("a", None, "b", "c")]) is False
+
+
+def test_a_directory_that_ray_has_yet_to_make_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not" / "there"))
+    assert [check for check in doctor.check_machine() if check.name == "disk for Ray"]

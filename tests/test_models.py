@@ -26,7 +26,7 @@ from raylp.models.checkpoint import (
     write_card,
 )
 from raylp.models.files import check_checkpoint, safetensors_header, weight_files
-from raylp.models.load import load_model, load_tokenizer, model_class, read_config, stored_dtype
+from raylp.models.load import check_layers, load_model, load_tokenizer, model_class, read_config, stored_dtype
 from raylp.models.source import LICENCES, find_fetched, find_notices, fingerprint, licence, locate
 from raylp.models.stack import find_stack
 from raylp.models.view import check_removed, cut_config, without_layers
@@ -382,6 +382,23 @@ def test_a_tokenizer_cut_short_is_told(toy_checkpoint: Path, tmp_path: Path) -> 
     (broken / "tokenizer.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="its tokenizer cannot be read"):
         load_tokenizer(broken)
+
+
+def test_models_whose_layers_are_not_alike_are_refused(tmp_path: Path) -> None:
+    from transformers import Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig, Qwen3NextConfig
+
+    for family in FAMILIES:
+        check_layers(toy.tiny_random(family))
+    LlamaConfig().save_pretrained(tmp_path)
+    check_layers(tmp_path)
+    for config, said in (
+        (Qwen3NextConfig(), "without keys and values"),
+        (Gemma3nTextConfig(), "use the keys of others"),
+        (Gemma4TextConfig(), "of different sizes"),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=rf"a {config.model_type} has layers .*{said}"):
+            check_layers(tmp_path)
 
 
 def test_the_card_is_read_whatever_the_locale(tmp_path: Path) -> None:

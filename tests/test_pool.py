@@ -272,6 +272,10 @@ def test_models_on_cpus() -> None:
     assert on_cpus(2, 16 * GB, 2 * GB, 6) == Layout(6)
     with pytest.raises(UserError, match=r"6 workers need about 14\.0 GB of memory, 8\.0 GB are free"):
         on_cpus(2, 8 * GB, 2 * GB, 6)
+    assert on_cpus(8, 16 * GB, 2 * GB, shared=False) == Layout(4)
+    assert on_cpus(8, 16 * GB, 4 * GB, shared=False) == Layout(2)
+    with pytest.raises(UserError, match=r"3 workers need about 18\.0 GB"):
+        on_cpus(8, 16 * GB, 4 * GB, 3, shared=False)
     with pytest.raises(UserError, match=r"the model needs about 18\.0 GB"):
         on_cpus(2, 8 * GB, 16 * GB)
 

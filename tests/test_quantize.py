@@ -314,14 +314,18 @@ def test_what_cannot_be_is_refused(
         ({"bench": {"models": ["baseline", "merged"]}}, "bench.models: this recipe makes no model 'merged'"),
     ],
 )
-def test_names_of_models_are_checked_before_the_start(sections: dict, refused: str | None, tmp_path: Path) -> None:
+def test_names_of_models_are_checked_before_the_start(
+    sections: dict, refused: str | None, tmp_path: Path, toy_checkpoint: Path
+) -> None:
     usual: dict = {
-        "search": {"remove": 2},
+        "search": {"layers": 2},
         "heal": {},
         "quantize": {"models": ["healed", "baseline"], "schemes": ["nf4"]},
     }
     recipe = toy_recipe(Path("m"), {"test": Path("t.tsv")}, tmp_path / "run", **{**usual, **sections})
-    empty = Context(parse_recipe(recipe), RunDir(str(tmp_path)), Splits(), Prompt(), Path(), "float32", Reporter())
+    empty = Context(
+        parse_recipe(recipe), RunDir(str(tmp_path)), Splits(), Prompt(), toy_checkpoint, "float32", Reporter()
+    )
     if refused is None:
         check_names(empty, None)
         return

@@ -1,7 +1,10 @@
 import io
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from raylp.errors import UserError
 from raylp.report import numbers, plots
 from raylp.report.build import report
 from raylp.report.contents import Stat, read_contents
-from raylp.report.facts import _ratio, find_facts, pareto_front
+from raylp.report.facts import _ratio, find_facts, pareto_front, pruned_model
 from raylp.report.plan_view import render_plan
 from raylp.report.tables import print_tables
 from raylp.rundir import RunDir
@@ -996,3 +999,24 @@ def test_plots_have_text_and_no_drawing_of_nothing() -> None:
 )
 def test_numbers_read_well(shown: str, wanted: str) -> None:
     assert shown == wanted
+
+
+def test_the_runs_result_is_one_that_was_scored(tmp_path: Path) -> None:
+    rundir = write_run(tmp_path / "run")
+    results = rundir.read_json("results.json")
+    for model in results["models"]:
+        if model["name"].startswith("healed"):
+            model["scores"] = {}
+    rundir.write_json("results.json", results)
+    contents = read_contents(rundir)
+    assert pruned_model(contents).name == "pruned-15"
+
+
+def test_tables_are_shown_whatever_the_locale(finished: RunDir) -> None:
+    for verb in ("plan", "report"):
+        command = [sys.executable, "-m", "raylp", verb, finished.url]
+        for encoding in ("utf-8", "latin-1"):
+            env = {**os.environ, "PYTHONIOENCODING": encoding}
+            done = subprocess.run(command, capture_output=True, env=env, check=False)
+            assert done.returncode == 0, done.stderr
+            assert ("\u2212" in done.stdout.decode(encoding)) == (encoding == "utf-8")

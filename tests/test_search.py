@@ -19,7 +19,7 @@ from raylp.ledger import decoding_of
 from raylp.metrics.ngram import metric
 from raylp.models.load import load_model, load_tokenizer
 from raylp.models.source import fingerprint
-from raylp.pipeline import fingerprints, open_context, run
+from raylp.pipeline import check_names, fingerprints, open_context, run
 from raylp.progress import Reporter
 from raylp.recipe import Resources, parse_recipe
 from raylp.rundir import RunDir
@@ -102,6 +102,42 @@ def test_again_is_at_once(searched: Path, toy_checkpoint: Path, toy_data: dict[s
     plan, count = (searched / "plan.json").read_text(), len(generations(searched))
     run(recipe_for(toy_checkpoint, toy_data, searched), Reporter(quiet=True))
     assert (searched / "plan.json").read_text() == plan and len(generations(searched)) == count
+
+
+def test_a_relative_run_directory_is_the_drivers(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers are elsewhere: their working directory is that of the Ray that was there before."""
+    monkeypatch.chdir(tmp_path)
+    run(recipe_for(toy_checkpoint, toy_data, Path("run"), search={"remove": 1}), Reporter(quiet=True), only="search")
+    made = {line["worker"] for line in ledger_lines(tmp_path / "run")}
+    assert len(ledger_lines(tmp_path / "run")) > 10 and "driver" not in made
+
+
+def test_what_is_searched_already_needs_no_metric(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = recipe_for(
+        toy_checkpoint, toy_data, tmp_path / "run", search={"remove": 1, "objective": {"not_there:score": 1}}
+    )
+    with pytest.raises(UserError, match="not_there"):
+        open_context(recipe, Reporter(quiet=True))
+    manifest = {"model": {"dtype": "float32"}, "stages": {"search": {}}}
+    RunDir(str(tmp_path / "run")).write_json("manifest.json", manifest)
+    open_context(recipe, Reporter(quiet=True))
+
+
+def test_a_depth_that_is_not_made_is_told_before_the_start(
+    toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, fine in ((f"pruned-{toy.TRUTH.num_layers - 2}", True), (f"pruned-{toy.TRUTH.num_layers - 1}", False)):
+        sections = {"search": {"remove": 2}, "evaluate": {"models": ["baseline", name]}}
+        context = open_context(recipe_for(toy_checkpoint, toy_data, tmp_path / "run", **sections), Reporter(quiet=True))
+        if fine:
+            check_names(context, None)
+            continue
+        with pytest.raises(UserError, match=rf"makes no model '{name}'; it makes baseline, pruned, cut to 6 layers"):
+            check_names(context, None)
 
 
 def test_what_ends_a_translation_is_part_of_what_its_score_is_of(

@@ -26,13 +26,13 @@ from raylp.bench.stats import mean_of_repeats, percentiles, ratio, verdict
 from raylp.context import Context
 from raylp.errors import UserError
 from raylp.generate.base import Request
-from raylp.generate.vllm_engine import BYTES_PER_WEIGHT, CPU_BLOCK
+from raylp.generate.vllm_engine import CPU_BLOCK
 from raylp.machine import SERVING, machine, versions
 from raylp.models.checkpoint import sizes
-from raylp.models.load import load_tokenizer
+from raylp.models.load import BYTES_PER_WEIGHT, load_tokenizer
 from raylp.models.source import fingerprint
 from raylp.names import choose_models, kind_of, whole_of
-from raylp.quantize.engines import engine_of
+from raylp.quantize.engines import engine_of, weights_bytes
 from raylp.rundir import RunDir
 from raylp.serve.endpoint import (
     MARK,
@@ -44,7 +44,6 @@ from raylp.serve.endpoint import (
     engine_threads,
     gpu_share,
     serve_dtype,
-    weights_bytes,
 )
 
 _ENGINE_SETTINGS = {

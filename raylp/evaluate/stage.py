@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from raylp.models.checkpoint import sizes
 from raylp.models.load import load_tokenizer
 from raylp.names import REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Task
-from raylp.quantize.engines import engine_of, identity
+from raylp.quantize.engines import are_shared, engine_of, identity, weights_bytes
 from raylp.rundir import RunDir
 
 BLOCK = 16  # sentences of a line of the ledger
@@ -66,7 +67,10 @@ def evaluate(context: Context) -> dict[str, Any]:
         for test_set, examples in context.splits.test.items()
         if not _is_translated(context, name, test_set, examples)
     ]
-    layout = plan_workers(context.recipe.resources, max(size["bytes"] for size in described.values()))
+    held = [(path, runs_in[name][1]) for name, path in models.items()]
+    layout = plan_workers(
+        context.recipe.resources, max(starmap(weights_bytes, held)), shared=all(starmap(are_shared, held))
+    )
     rows = batch_size_of(context.recipe.resources, layout)
     ledger = Ledger(context.rundir, RunDir(context.recipe.cache) if context.recipe.cache else None)
     with context.reporter.task("evaluate", sum(len(job.examples) for job in jobs)) as task:

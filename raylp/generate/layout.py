@@ -82,16 +82,19 @@ def places_in(gpus: float, share: float) -> int:
     return int(gpus // share) if share >= 1 else int(gpus) * int(1 / share + 1e-9)
 
 
-def on_cpus(cores: int, free_bytes: float, weights_bytes: float, workers: int | None = None) -> Layout:
-    """The layout on one machine's CPUs, where all workers share one copy of the weights.
+def on_cpus(
+    cores: int, free_bytes: float, weights_bytes: float, workers: int | None = None, shared: bool = True
+) -> Layout:
+    """The layout on one machine's CPUs, where all workers share one copy of the weights, or each has its own.
 
     Raises:
         UserError: the memory that is free is too little; with both numbers.
     """
-    needed = weights_bytes + (workers or 1) * CPU_BYTES
+    common, each = (weights_bytes, CPU_BYTES) if shared else (0.0, weights_bytes + CPU_BYTES)
+    needed = common + (workers or 1) * each
     if needed > free_bytes:
         what, remedy = ("the model needs", "close other programs or take a smaller model")
         if workers is not None:
             what, remedy = (f"{workers} workers need", "lower resources.workers or close other programs")
         raise UserError(f"{what} about {needed / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free: {remedy}")
-    return Layout(workers or int(max(1, min(cores, MAX_ON_CPU, (free_bytes - weights_bytes) // CPU_BYTES))))
+    return Layout(workers or int(max(1, min(cores, MAX_ON_CPU, (free_bytes - common) // each))))

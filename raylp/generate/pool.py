@@ -161,7 +161,7 @@ def _gpus_of_this_actor() -> float:
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
 
 
-def plan_workers(resources: Resources, weights_bytes: float) -> Layout:
+def plan_workers(resources: Resources, weights_bytes: float, shared: bool = True) -> Layout:
     """How many resident models of `weights_bytes`, and the GPUs of each: as the recipe says, else what fits.
 
     Several small models share a GPU; a model larger than a GPU takes several of one node.
@@ -179,7 +179,7 @@ def plan_workers(resources: Resources, weights_bytes: float) -> Layout:
     if not gpus:
         if resources.gpus_per_worker != "auto":
             raise UserError("resources.gpus_per_worker: the Ray cluster has no GPU: leave it out")
-        return on_cpus(cluster.cores(), psutil.virtual_memory().available, weights_bytes, asked)
+        return on_cpus(cluster.cores(), psutil.virtual_memory().available, weights_bytes, asked, shared)
     share = None if resources.gpus_per_worker == "auto" else resources.gpus_per_worker
     found = on_gpus(gpus, _gpu_bytes(), weights_bytes, asked, share)
     return Layout(min(found.workers, max(1, int(ray.cluster_resources().get("CPU", 1)))), found.gpus)
@@ -389,7 +389,10 @@ class Pool:
         try:
             return (ray.get(reference),)
         except TaskCancelledError:
-            return None  # nobody waits for it
+            # Nobody waits for it, unless whoever was given it instead has died.
+            if not (job.over or job.flying or job in waiting):
+                waiting.append(job)
+            return None
         except (RayActorError, ObjectLostError) as error:
             self._replace(member)
             job.tries += in_work

@@ -14,12 +14,18 @@ from typing import Any
 
 from raylp.errors import UserError
 from raylp.generate.base import VLLM_LENGTH, Asked, Output, Request, stop_rule, to_output
-from raylp.models.load import kv_per_token, load_tokenizer, max_positions, read_config, read_generation_config
+from raylp.models.load import (
+    BYTES_PER_WEIGHT,
+    kv_per_token,
+    load_tokenizer,
+    max_positions,
+    read_config,
+    read_generation_config,
+)
 from raylp.models.view import check_removed
 from raylp.quantize.engines import check_cpu, engine_of, quantization
 
 _EXTENSION = "raylp.generate.layer_skip.LayerSkip"
-BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
 # On a CPU vLLM otherwise gives the model a process of its own, for which the engine's waits without sleeping: a core
 # less and a gigabyte more. It does so to set OMP's variables, which are set here before a process starts.

@@ -6,7 +6,8 @@ from typing import Any
 from raylp.errors import UserError
 from raylp.models.files import safetensors_header, weight_files
 
-DTYPES = ("float32", "bfloat16", "float16")
+BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = tuple(BYTES_PER_WEIGHT)
 
 
 def read_config(path: Path) -> Any:
@@ -34,6 +35,26 @@ def read_generation_config(path: Path) -> Any:
         return GenerationConfig.from_pretrained(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"model {path}: transformers cannot read its generation_config.json: {error}") from error
+
+
+def check_layers(path: Path) -> None:
+    """Refuses a model whose layers cannot be left out: each is to keep keys and values of its own, all alike in size.
+
+    Raises:
+        UserError: with what its layers are instead.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = read_config(path).get_text_config(decoder=True)
+    what = ""
+    if getattr(config, "is_heterogeneous", False):
+        what = "layers of different sizes"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        what = "layers that use the keys of others"
+    elif any(type(own) not in (DynamicLayer, DynamicSlidingWindowLayer) for own in DynamicCache(config=config).layers):
+        what = "layers without keys and values, as those of linear attention and state spaces"
+    if what:
+        raise UserError(f"model {path}: a {config.model_type} has {what}, which raylp does not leave out: take another")
 
 
 def max_positions(path: Path) -> int | None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from raylp import machine
 from raylp.errors import UserError
-from raylp.models.checkpoint import CARD, quantised_facts, read_card
+from raylp.models.checkpoint import CARD, count_parameters, quantised_facts, read_card
+from raylp.models.load import BYTES_PER_WEIGHT, stored_dtype
 from raylp.models.source import fingerprint
 from raylp.quantize.schemes import SCHEMES
 
@@ -26,6 +27,17 @@ def engine_of(path: Path) -> str | None:
     """The one engine that runs the checkpoint in `path`, or None where any does."""
     scheme = quantised(path)
     return SCHEMES[scheme].engine if scheme else None
+
+
+def weights_bytes(path: Path, dtype: str) -> int:
+    """What the weights in `path` take in an engine: as they are stored where they are quantised, else in `dtype`."""
+    parameters, size = count_parameters(path)
+    return size if engine_of(path) else parameters * BYTES_PER_WEIGHT[dtype]
+
+
+def are_shared(path: Path, dtype: str) -> bool:
+    """Whether processes of one machine share the pages of the weights on a CPU: see `load_model`."""
+    return engine_of(path) is None and stored_dtype(path) == dtype
 
 
 def quantization(path: Path) -> dict[str, str]:

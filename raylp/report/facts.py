@@ -110,11 +110,9 @@ def find_facts(contents: Contents) -> Facts:
 
 def pruned_model(contents: Contents) -> Model | None:
     """The run's result: the healed model with the fewest layers, else the pruned one; scored models come first."""
-    for kind in ("healed", "pruned"):
-        found = [model for model in contents.models if model.kind == kind]
-        if found:
-            return min(found, key=lambda model: (not model.scores, model.layers or 0))
-    return None
+    found = [model for model in contents.models if model.kind in ("healed", "pruned")]
+    order = lambda model: (not model.scores, model.kind != "healed", model.layers or 0)  # noqa: E731
+    return min(found, key=order, default=None)
 
 
 def find_kept(contents: Contents, model: Model, reference: Model) -> list[Kept]:

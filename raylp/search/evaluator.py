@@ -57,6 +57,7 @@ class LedgerEvaluator:
         self.heals_on, self.short_heal, self.at_once = list(heals_on), short_heal, at_once
         self.sizes = [len(block) for block in self.blocks]
         self.decoding = decoding
+        self.run_url = ledger.rundir.uri("")  # workers have a working directory of their own
         self._used: dict[str, dict[str, Any]] = {}  # lines this search rests on, by key
         self._said: dict[Any, float] = {}  # tokens said, as a share of their bound: by set, and by last layer
         self._noise: float | None = None
@@ -120,7 +121,7 @@ class LedgerEvaluator:
         if line is None:
             work = Weigh(
                 str(self.path),
-                self.ledger.rundir.url,
+                self.run_url,
                 tuple(self.blocks),
                 base,
                 tuple(layers),
@@ -148,7 +149,7 @@ class LedgerEvaluator:
         for removed in candidates:
             facts = {(n, m): self.facts(removed, b, m, digest) for n, b in enumerate(self.blocks) for m in here}
             if any(self.ledger.find(score_key(own)) is None for own in facts.values()):
-                url, blocks, how = self.ledger.rundir.url, tuple(self.blocks), self.short_heal
+                url, blocks, how = self.run_url, tuple(self.blocks), self.short_heal
                 works.append(HealAndTranslate(str(self.path), url, blocks, removed, batches, how, self.dtype, facts))
         for work, lines in self.compute(works) if works else []:
             for line in lines:
@@ -254,9 +255,7 @@ class LedgerEvaluator:
                 continue
             here = [name for name in lacking if self.objective.is_cheap(name)] or [TRANSLATION]
             facts = {name: self.facts(removed, block, name) for name in here}
-            works.append(
-                Translate(str(self.path), self.ledger.rundir.url, block, removed, facts, self._drafts(removed, block))
-            )
+            works.append(Translate(str(self.path), self.run_url, block, removed, facts, self._drafts(removed, block)))
         for work, lines in self.compute(works) if works else []:
             assert isinstance(work, Translate)
             self._heard(work, lines[0]["tokens"])
@@ -305,7 +304,7 @@ class LedgerEvaluator:
                 for layer in tried
                 for name in names
             }
-            works.append(Force(str(self.path), self.ledger.rundir.url, block, base, tuple(layers), self.dtype, facts))
+            works.append(Force(str(self.path), self.run_url, block, base, tuple(layers), self.dtype, facts))
         for work, lines in self.compute(works) if works else []:
             for line in lines:
                 self.ledger.remember(line)

@@ -17,10 +17,11 @@ from raylp.heal.examples import choose, tokenise
 from raylp.ledger import Ledger, decoding_of
 from raylp.metrics.intervals import Score
 from raylp.metrics.objective import Objective, objective_name
-from raylp.models.checkpoint import count_parameters, stack_size
+from raylp.models.checkpoint import stack_size
 from raylp.models.load import load_tokenizer, read_config
 from raylp.models.source import fingerprint
 from raylp.progress import Task
+from raylp.quantize.engines import are_shared, weights_bytes
 from raylp.rundir import RunDir
 from raylp.search import legs
 from raylp.search.blocks import Block, make_blocks
@@ -165,7 +166,8 @@ def search_from(context: Context) -> dict[str, Any]:
     ledger = Ledger(context.rundir, cache)
     already = len(ledger.lines)
     cluster.start(context.recipe.resources)
-    layout = plan_workers(context.recipe.resources, count_parameters(path)[1])
+    dtype = _dtype(context)
+    layout = plan_workers(context.recipe.resources, weights_bytes(path, dtype), are_shared(path, dtype))
     objective = Objective.of(section.objective, [example.pair for example in context.splits.search])
     rows = batch_size_of(context.recipe.resources, layout)
     pool = Pool(layout, context.prompt.newline, context.rundir.logs(), SearchWorker, batch_size=rows)
@@ -232,8 +234,7 @@ def make_evaluator(
     assert section is not None
     path, tokenizer = context.baseline, load_tokenizer(context.baseline)
     blocks = make_blocks(context.splits.search, context.prompt, tokenizer, section.block)
-    dtype = context.dtype if section.dtype == "auto" else section.dtype
-
+    dtype = _dtype(context)
     rows = batch_size_of(context.recipe.resources, layout)
 
     def compute(works: list[Work]) -> Iterable[tuple[Work, list[dict[str, Any]]]]:
@@ -262,6 +263,11 @@ def make_evaluator(
         layout.workers * (rows if layout.gpus else section.block),
     )
     return evaluator
+
+
+def _dtype(context: Context) -> str:
+    section = context.recipe.search
+    return context.dtype if section is None or section.dtype == "auto" else section.dtype
 
 
 def heals_on(context: Context, tokenizer: Any) -> list[Example]:

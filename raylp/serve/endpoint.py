@@ -26,18 +26,17 @@ from raylp.data.prompt import CHAT_OPTIONS
 from raylp.errors import UserError
 from raylp.generate.engine_log import error_lines
 from raylp.generate.vllm_engine import (
-    BYTES_PER_WEIGHT,
     CPU_WORKER,
     cpu_environment,
     cpu_options,
     engine_options,
     kv_cache_bytes,
 )
-from raylp.models.checkpoint import count_parameters, sizes
+from raylp.models.checkpoint import sizes
 from raylp.models.files import may_think
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
-from raylp.quantize.engines import engine_of, run_by
+from raylp.quantize.engines import run_by, weights_bytes
 from raylp.serve.config import Serve
 from raylp.serve.gate import key_hash, read_keys
 
@@ -87,12 +86,6 @@ def served(config: Serve, there: Mapping[str, Path]) -> dict[str, Path]:
         UserError: the run has no such model, or vLLM does not run it.
     """
     return run_by("vllm", choose_models(config.models, there, "serve.models"), config.models is not None)
-
-
-def weights_bytes(path: Path, dtype: str) -> int:
-    """What the weights in `path` take in an engine: as they are stored where they are quantised, else in `dtype`."""
-    parameters, size = count_parameters(path)
-    return size if engine_of(path) else parameters * BYTES_PER_WEIGHT[dtype]
 
 
 def usage(context: Context, url: str, names: Sequence[str]) -> str:
