@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from runs import open_run
+from run_dirs import open_run
 
 from raylp.bench.load import Answering, Load, Measurement, measure
 from raylp.bench.stage import sentences_that_fit

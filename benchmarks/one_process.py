@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=16)
     given = parser.parse_args()
-    from runs import open_run
+    from run_dirs import open_run
 
     from raylp.bench.stage import sentences_that_fit
     from raylp.generate.vllm_engine import ONE_PROCESS

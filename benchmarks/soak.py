@@ -24,7 +24,7 @@ import httpx
 from processes import by_kind, unique_bytes
 from rich.console import Console
 from rich.table import Table
-from runs import open_run
+from run_dirs import open_run
 
 from raylp.bench.load import Answering, Load, measure
 from raylp.bench.stage import sentences_that_fit
