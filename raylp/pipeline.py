@@ -25,6 +25,7 @@ from raylp.machine import SERVING, machine, versions
 from raylp.metrics.objective import check as check_objective
 from raylp.metrics.registry import check as check_metric
 from raylp.models.checkpoint import count_parameters, is_expert, numbered_tensors, stack_size
+from raylp.models.load import load_tokenizer
 from raylp.models.source import fingerprint, licence, locate
 from raylp.names import CUT_KINDS, REPAIRED, choose_models, kind_of, whole_of
 from raylp.progress import Reporter, heartbeat
@@ -405,6 +406,8 @@ def fingerprints(context: Context) -> dict[str, str]:
         for split in ("search", "train", "dev", "mono")
     }
     rows["test"] = [[n, e.id, e.source, e.target] for n, own in splits.test.items() for e in own]
+    tokenizer = load_tokenizer(context.original)
+    stop = sorted(read_stop_rule(context.original, tokenizer, context.prompt.newline).stop)
     found: dict[str, str] = {}
     for stage in wanted_stages(context.recipe):
         examples = [row for split in depends_on(stage, context.recipe) for row in rows[split]]
@@ -415,7 +418,7 @@ def fingerprints(context: Context) -> dict[str, str]:
             context.prompt.model_dump(mode="json"),
             fingerprint(context.original),
             context.dtype,
-            sorted(read_stop_rule(context.original, context.prompt.newline).stop),
+            stop,
         ]
         if stage.name == "distill" and (teacher := _teacher_print(context)):
             content.append(teacher)

@@ -171,7 +171,7 @@ def _files(context: Context, config: Distill) -> Path:
 def _teacher(context: Context, config: Distill) -> Teacher:
     files = _files(context, config)
     tokenizer = load_tokenizer(files)
-    rule = read_stop_rule(files, context.prompt.newline)
+    rule = read_stop_rule(files, tokenizer, context.prompt.newline)
     path = files if config.is_another else context.baseline
     return Teacher(path, tokenizer, rule, engine_dtype(config, context.recipe.resources))
 

@@ -184,10 +184,11 @@ def _translate(context: Context, ledger: Ledger, pool: Pool, task: Task, job: Jo
     is taken from it.
     """
     name, path, test_set, examples = job.name, job.path, job.test_set, job.examples
-    requests = context.prompt.requests(load_tokenizer(path), [(example.source, example.pair) for example in examples])
+    tokenizer = load_tokenizer(path)
+    requests = context.prompt.requests(tokenizer, [(example.source, example.pair) for example in examples])
     room = max(len(request.tokens) + request.max_new_tokens for request in requests)
     parts = {start: slice(start, start + BLOCK) for start in range(0, len(examples), BLOCK)}
-    ends = read_stop_rule(path, context.prompt.newline).stop
+    ends = read_stop_rule(path, tokenizer, context.prompt.newline).stop
     model, decoding = identity(path), decoding_of(context.prompt.chat, ends)
     facts = {}
     for start, part in parts.items():

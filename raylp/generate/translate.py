@@ -152,10 +152,10 @@ def _request(tokenizer: Any, prompt: Prompt, source: str, pair: str) -> Request:
     return request
 
 
-def read_stop_rule(path: Path, newline: bool = True) -> StopRule:
-    """What ends a translation by the model in `path`; see `stop_rule`."""
+def read_stop_rule(path: Path, tokenizer: Any, newline: bool = True) -> StopRule:
+    """What ends a translation by the model in `path`, which has that tokenizer; see `stop_rule`."""
     configs = [read_config(path).get_text_config(decoder=True), read_generation_config(path)]
-    return stop_rule(load_tokenizer(path), configs, newline)
+    return stop_rule(tokenizer, configs, newline)
 
 
 def one_line(text: str) -> str:

@@ -252,7 +252,7 @@ def make_evaluator(
         compute,
         pinned_backend(context, pool, task, blocks, dtype),
         dtype,
-        decoding_of(context.prompt.chat, read_stop_rule(path, context.prompt.newline).stop),
+        decoding_of(context.prompt.chat, read_stop_rule(path, tokenizer, context.prompt.newline).stop),
         layout.gpus,
         section.seed,
         (lambda text: context.prompt.target_tokens(tokenizer, text)) if layout.gpus else None,

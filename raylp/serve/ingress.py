@@ -79,7 +79,7 @@ class RunIngress(OpenAiIngress):
         # The models of a run share both: they are cut from one.
         path = Path(next(iter(models.values()))["path"])
         self.tokenizer = load_tokenizer(path)
-        self.rule = read_stop_rule(path, self.prompt.newline)
+        self.rule = read_stop_rule(path, self.tokenizer, self.prompt.newline)
         self._health: tuple[float, dict[str, Any]] = (float("-inf"), {})
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
