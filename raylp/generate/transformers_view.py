@@ -12,7 +12,7 @@ from typing import Any
 
 from raylp.generate.base import Asked, Output, Request, StopRule, common_prefix, continuation, stop_rule, to_output
 from raylp.generate.batches import batches
-from raylp.models.load import kv_per_token
+from raylp.models.load import keeps_keys, kv_per_token
 from raylp.models.stack import find_stack, text_config
 from raylp.models.view import ByRow, check_removed, runs_by_row, without_layers_by_row
 
@@ -152,11 +152,8 @@ def _new_cache(model: Any, rewindable: bool) -> Any:
 
 def _rewinds(model: Any) -> bool:
     """Whether tokens can be taken back: every layer keeps keys and values, and its mask is a plain or sliding one."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    plain = {DynamicLayer, DynamicSlidingWindowLayer}
     chunked = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
-    return not chunked and all(type(layer) in plain for layer in _new_cache(model, False).layers)
+    return not chunked and keeps_keys(_new_cache(model, False))
 
 
 class _Prefix:

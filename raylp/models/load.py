@@ -37,13 +37,20 @@ def read_generation_config(path: Path) -> Any:
         raise UserError(f"model {path}: transformers cannot read its generation_config.json: {error}") from error
 
 
+def keeps_keys(cache: Any) -> bool:
+    """Whether every layer of transformers' cache holds keys and values of its own, of all tokens or of a window."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
 def check_layers(path: Path) -> None:
     """Refuses a model whose layers cannot be left out: each is to keep keys and values of its own, all alike in size.
 
     Raises:
         UserError: with what its layers are instead.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers import DynamicCache
 
     config = read_config(path).get_text_config(decoder=True)
     what = ""
@@ -51,7 +58,7 @@ def check_layers(path: Path) -> None:
         what = "layers of different sizes"
     elif getattr(config, "num_kv_shared_layers", 0):
         what = "layers that use the keys of others"
-    elif any(type(own) not in (DynamicLayer, DynamicSlidingWindowLayer) for own in DynamicCache(config=config).layers):
+    elif not keeps_keys(DynamicCache(config=config)):
         what = "layers without keys and values, as those of linear attention and state spaces"
     if what:
         raise UserError(f"model {path}: a {config.model_type} has {what}, which raylp does not leave out: take another")
