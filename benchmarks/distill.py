@@ -4,8 +4,8 @@
 
 MODEL: a checkpoint, as in a recipe. SOURCES: pairs, as a recipe's train split. Plain vLLM is given all prompts at once,
 with the options of raylp's engines, in a process of its own. Tokens are those generated. `while it works`: from when
-as many rows are done as a batch has to the last one, the first ones' tokens left out, in both; `from the start of the
-work`: engines' start included.
+the first batch is done to the last one, the first one's tokens left out; plain vLLM knows no batches, so there a row
+counts as done with the last row of what would be its batch. `from the start of the work`: engines' start included.
 """
 
 import argparse
@@ -122,11 +122,17 @@ def plain(job: Path) -> None:
     ]
     for number, ((tokens, _), own) in enumerate(zip(asked, params, strict=True)):
         engine.llm_engine.add_request(str(number), {"prompt_token_ids": tokens}, own)
-    arrived: list[tuple[float, int]] = []
+    done: dict[int, tuple[float, int]] = {}
     while engine.llm_engine.has_unfinished_requests():
-        done = [output for output in engine.llm_engine.step() if output.finished]
-        arrived += [(time.monotonic(), len(output.outputs[0].token_ids)) for output in done]
-    print(json.dumps(figures(arrived, batch, began)))
+        for output in engine.llm_engine.step():
+            if output.finished:
+                done[int(output.request_id)] = (time.monotonic(), len(output.outputs[0].token_ids))
+    arrived: list[tuple[float, int]] = []
+    for first in range(0, len(asked), batch):
+        rows = [done[number] for number in range(first, min(first + batch, len(asked)))]
+        last = max(when for when, _ in rows)
+        arrived += [(last, tokens) for _, tokens in rows]
+    print(json.dumps(figures(sorted(arrived), batch, began)))
 
 
 def figures(arrived: list[tuple[float, int]], batch: int, began: float) -> dict[str, float]:
