@@ -30,6 +30,9 @@ CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
 # On a CPU vLLM otherwise gives the model a process of its own, for which the engine's waits without sleeping: a core
 # less and a gigabyte more. It does so to set OMP's variables, which are set here before a process starts.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# oneDNN keeps the kernels it has made, one for each number of tokens in each product, nearly a megabyte each, and of its
+# own accord 1,024 of them. An engine needs those of the last few steps.
+FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 GPU_MEMORY = 0.85  # share of a GPU's memory that an engine takes
 CPU_SEQUENCES = 64
 CPU_BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
@@ -209,7 +212,7 @@ def engine_options(path: Path) -> dict[str, str]:
 
 def cpu_environment(threads: int) -> dict[str, str]:
     """What the processes of an engine on a CPU are started with, where it has processes of its own."""
-    return {**ONE_PROCESS, "OMP_NUM_THREADS": str(threads)}
+    return {**ONE_PROCESS, **FEW_KERNELS, "OMP_NUM_THREADS": str(threads)}
 
 
 def cpu_options(path: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
@@ -269,6 +272,7 @@ def _in_this_process() -> Iterator[None]:
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **FEW_KERNELS,
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
