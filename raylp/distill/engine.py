@@ -17,8 +17,8 @@ from raylp.generate.vllm_engine import CPU_SEQUENCES, CPU_WORKER, cpu_environmen
 
 MAX_RESTARTS = 8  # of an engine's process, after which the command ends, and goes on when it is called again
 LIGHT = 0.1  # CPUs of Ray Data's small stages; whole ones could starve the engines
-# Rows an engine is given at a time. It must stay full (vLLM computes up to 1,024 at once on a large GPU) while a few long
-# rows keep their batches waiting: with twice what it computes, a tenth of the time was lost. More is lost in a crash.
+# Rows an engine is given at a time. It must stay full (vLLM computes up to 1,024 at once on a large GPU) while a few
+# long rows keep their batches waiting: twice what it computes lost a tenth of the time. More would be lost in a crash.
 ON_GPU, ON_CPU = 2048, 4 * CPU_SEQUENCES
 RETRIES, RETRY_S, TIMEOUT_S = 5, 1.0, 600.0
 RETRIED = frozenset({408, 409, 429, 500, 502, 503, 504})

@@ -30,8 +30,8 @@ CPU_WORKER = "raylp.generate.vllm_worker.CPUWorker"
 # On a CPU vLLM otherwise gives the model a process of its own, for which the engine's waits without sleeping: a core
 # less and a gigabyte more. It does so to set OMP's variables, which are set here before a process starts.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-# oneDNN keeps the kernels it has made, one for each number of tokens in each product, nearly a megabyte each, and of its
-# own accord 1,024 of them. An engine needs those of the last few steps.
+# oneDNN keeps the kernels it has made, one for each number of tokens in each product, nearly a megabyte each, and of
+# its own accord 1,024 of them. An engine needs those of the last few steps.
 FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 GPU_MEMORY = 0.85  # share of a GPU's memory that an engine takes
 CPU_SEQUENCES = 64
