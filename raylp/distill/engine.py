@@ -42,6 +42,8 @@ def say(
     import ray.data
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+    from raylp.distill.whole_answers import WholeAnswers
+
     stop = sorted(rule.stop)
     heat, top_k, samples = config.heat, config.top_k, config.samples
     logprobs = top_k if top_k is not None else (0 if samples > 1 and config.by == "likelihood" else None)
@@ -76,8 +78,10 @@ def say(
         preprocess_map_kwargs=light,
         postprocess_map_kwargs=light,
     )
+    stage = processor.get_stage_by_name("vLLMEngineStage")
+    vars(stage)["fn"] = WholeAnswers  # assigned to, a stage works its resources out anew, and then asks for a GPU
     # An engine that dies every time would otherwise be started for ever.
-    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = MAX_RESTARTS
+    stage.map_batches_kwargs["max_restarts"] = MAX_RESTARTS
     # A block is a batch is a part. Rows that failed would skip a postprocess function and keep all columns: none is
     # given, so all rows of a block are alike.
     rows = processor(ray.data.from_arrow_refs([ray.put(_table(batch)) for batch in batches]))
@@ -125,6 +129,7 @@ def _options(config: Distill, teacher: Path, dtype: str, max_model_len: int, gpu
         "max_model_len": max_model_len,
         "generation_config": "vllm",  # the checkpoint's own sampling settings are not wanted
         "seed": 0,
+        "disable_log_stats": True,  # which are counted for every token, and nobody reads
         "tensor_parallel_size": config.gpus_per_engine if gpus else 1,
     }
     if config.top_k is not None:
