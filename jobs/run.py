@@ -16,8 +16,10 @@ def main() -> None:
     os.environ.setdefault("RAY_ADDRESS", "auto")
     sys.path.insert(0, os.getcwd())
     from raylp.cli import main as raylp
+    from raylp.submit import lasting
 
-    raylp(["run", *sys.argv[1:]])
+    recipe, sets = sys.argv[1:2], sys.argv[2:]
+    raylp(["run", *(lasting(path, sets[1::2]) for path in recipe), *sets])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The Ray cluster a run uses: one that is there, or one of its own on this machine."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raylp.errors import UserError
 
 if TYPE_CHECKING:
+    from raylp.asks import Ask
     from raylp.recipe import Resources
 
 # Ray counts logical CPUs. The engines' helper actors (Serve's controller, proxy and router, Ray Data's stages) ask for
@@ -58,6 +59,11 @@ def use_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def address_of(resources: "Resources") -> str | None:
+    """The address of the Ray cluster to use, or None for a Ray of its own on this machine."""
+    return resources.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def start(resources: "Resources") -> None:
     """Connects to `resources.address` or $RAY_ADDRESS, or starts a local Ray; nothing when already connected.
 
@@ -75,7 +81,7 @@ def start(resources: "Resources") -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", str(cores()))
     # Workers are as nice as this command is; by default Ray puts them behind every program, its own servers among them.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    address = resources.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(resources)
     if address:
         use_token()
     import ray
@@ -95,11 +101,12 @@ def start(resources: "Resources") -> None:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}; check resources.address", 1) from error
         return
+    own = _of_its_own(resources)
     try:
         ray.init(
             address="local",  # without it, Ray would join any cluster that runs on this machine, and refuse num_cpus
-            num_cpus=resources.cpus or max(MIN_LOGICAL_CPUS, cores()),
-            num_gpus=resources.gpus if resources.gpus is not None else num_gpus(),
+            num_cpus=own["CPU"],
+            num_gpus=own["GPU"],
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             **options,
@@ -136,11 +143,40 @@ def require(what: str, cpus: float, gpus: float = 0) -> None:
     """
     import ray
 
-    total = ray.cluster_resources()
+    _require(what, cpus, gpus, ray.cluster_resources(), is_own())
+
+
+def require_early(resources: "Resources", asks: "Sequence[Ask]") -> None:
+    """As `require`, before the work begins that ends with these: a Ray of its own is not started for that, a cluster is
+    asked what it has.
+
+    Raises:
+        UserError: see `require`, and `start`.
+    """
+    if not asks:
+        return
+    import ray
+
+    if own := address_of(resources) is None and not ray.is_initialized():
+        total = _of_its_own(resources)
+    else:
+        start(resources)
+        total, own = ray.cluster_resources(), is_own()
+    for what, cpus, gpus in asks:
+        _require(what, cpus, gpus if total.get("GPU") else 0, total, own)
+
+
+def _of_its_own(resources: "Resources") -> dict[str, int]:
+    """Logical CPUs and GPUs of a Ray that `start` makes."""
+    gpus = resources.gpus if resources.gpus is not None else num_gpus()
+    return {"CPU": resources.cpus or max(MIN_LOGICAL_CPUS, cores()), "GPU": gpus}
+
+
+def _require(what: str, cpus: float, gpus: float, total: Mapping[str, float], own: bool) -> None:
     for name, wanted, key in (("CPUs", cpus, "CPU"), ("GPUs", gpus, "GPU")):
         there = total.get(key, 0)
         if wanted > there:
-            raises = is_own() and key == "CPU"
+            raises = own and key == "CPU"
             more = "raise resources.cpus (it may exceed the cores)" if raises else f"use a cluster with more {name}"
             raise UserError(
                 f"{what} needs {wanted:g} {name}, the Ray cluster has {there:g}: lower the number of workers, engines "

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylp import cluster
+from raylp.asks import to_measure
 from raylp.context import Context
 from raylp.generate.layout import CPU_BYTES, MAX_ON_CPU
 from raylp.generate.pool import make_generator
@@ -112,8 +113,7 @@ def estimates(context: Context, measured: dict[str, float]) -> dict[str, dict[st
             tokens = sentences * per_sentence
         elif stage.name == "bench" and recipe.bench is not None:
             bench = recipe.bench
-            measured_models = bench.models or ("baseline", "healed")
-            sentences = len(measured_models) * bench.repeats * sum(map(bench.num_requests, bench.loads))
+            sentences = len(to_measure(recipe)) * bench.repeats * sum(map(bench.num_requests, bench.loads))
             tokens = sentences * (bench.output_tokens or per_sentence)
         seconds = START_S[stage.name] + scale * tokens / measured["tokens_per_s"]
         rows[stage.name] = {

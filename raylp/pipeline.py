@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from raylp import __version__, cluster
+from raylp.asks import asks
 from raylp.context import Context, Splits
 from raylp.data.corpus import Pair, read_pairs, read_sources
 from raylp.data.languages import pair_of, split_pair
@@ -316,12 +317,18 @@ def run(
         rundir.write_text("recipe.yaml", dump_recipe(recipe))
         manifest = open_manifest(context)
         prints = fingerprints(context)
-        for stage in wanted_stages(recipe):
-            if only not in (None, stage.name):
-                continue
+
+        def is_done(stage: Stage) -> bool:
+            done = manifest["stages"].get(stage.name)
+            return done and done["fingerprint"] == prints[stage.name] and outputs_there(context, stage.name)
+
+        stages = [stage for stage in wanted_stages(recipe) if only in (None, stage.name)]
+        to_do = [stage.name for stage in stages if asks(recipe, [stage.name]) and not is_done(stage)]
+        cluster.require_early(recipe.resources, asks(recipe, to_do))
+        for stage in stages:
             _check_needs(recipe, stage, manifest, prints)
             done = manifest["stages"].get(stage.name)
-            if done and done["fingerprint"] == prints[stage.name] and outputs_there(context, stage.name):
+            if is_done(stage):
                 reporter.line(f"{stage.name}: done before, in {done['seconds']:.0f} s")
                 continue
             if done and done["fingerprint"] != prints[stage.name] and stage.name != "bench":

@@ -135,6 +135,11 @@ class Recipe(Section):
     cache: str | None = None
     run_dir: str
 
+    def data_files(self) -> list[str]:
+        """The files of all corpora."""
+        named = [getattr(corpus, key) for corpus in self.data.values() for key in CORPUS_FILES]
+        return [file for files in named if files for file in ([files] if isinstance(files, str) else files)]
+
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
@@ -260,10 +265,23 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """Keys outside the free sections whose values differ: (key, old, new)."""
+    """Keys outside the free sections whose values differ: (key, old, new).
+
+    Where a data file or the model's directory lies is no difference, as what a stage reads is compared by content: a
+    job's copy of the project, with what lies beside the recipe, is in another place each time Ray is started.
+    """
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
     keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS]
-    return [(key, before.get(key), after.get(key)) for key in keys if not same(before.get(key), after.get(key))]
+    pairs = [(key, before.get(key), after.get(key)) for key in keys]
+    return [(key, was, now) for key, was, now in pairs if not same(_file_name(key, was), _file_name(key, now))]
+
+
+def _file_name(key: str, value: Any) -> Any:
+    """`value` without the directory, where `key` names files, of data or of a model on this machine."""
+    if isinstance(value, list):
+        return [_file_name(key, part) for part in value]
+    names_file = key == "model.name" or (key.startswith("data.") and key.rpartition(".")[2] in CORPUS_FILES)
+    return Path(value).name if names_file and isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def binding(recipe: Recipe) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A run as a Ray job: the project directory goes along, the log comes back."""
 
+import filecmp
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +13,7 @@ from raylp.errors import UserError
 from raylp.recipe import Recipe, load_recipe
 
 POLL_S = 1.0
+ORIGIN = "RAYLP_SUBMITTED_FROM"  # in a job's environment: the directory that it runs in a copy of
 NEVER_SENT = [
     ".git",
     ".venv",
@@ -59,11 +62,12 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
     if not (root / "jobs" / "run.py").exists():
         raise UserError(f"{root} has no jobs/run.py: run submit from the project's root directory")
     os.environ.setdefault("RAY_RUNTIME_ENV_WORKING_DIR_CACHE_SIZE_GB", "2")
+    env = {"PYTHONUNBUFFERED": "1", ORIGIN: str(root)}
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(
             entrypoint=job_entrypoint(str(inside), overrides, python),
-            runtime_env={"working_dir": str(root), "excludes": NEVER_SENT, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            runtime_env={"working_dir": str(root), "excludes": NEVER_SENT, "env_vars": env},
         )
     except AuthenticationError as error:
         raise UserError(
@@ -87,6 +91,21 @@ def submit(recipe: Path, overrides: list[str], address: str, python: str, follow
             print(f"job {job}: {status.value.lower()}", file=out)
             return 0 if status == JobStatus.SUCCEEDED else 1
         time.sleep(POLL_S)
+
+
+def lasting(recipe: str, overrides: Sequence[str]) -> str:
+    """In a job: the recipe in the directory that was submitted, if this machine sees that, and recipe and data there
+    are those of the job's copy. Ray throws the copy away, and a run directory names the text it was made with.
+    """
+    there = Path(os.environ.get(ORIGIN, ""), recipe)
+    if not there.is_absolute() or not there.is_file():
+        return recipe
+    try:
+        copied, kept = ([place, *load_recipe(place, list(overrides)).data_files()] for place in (recipe, str(there)))
+        same = all(filecmp.cmp(*pair, False) for pair in zip(copied, kept, strict=True))
+    except (UserError, OSError, ValueError):
+        return recipe
+    return str(there) if same else recipe
 
 
 def _from_here(recipe: Recipe, root: Path) -> list[str]:

@@ -11,8 +11,9 @@ from conftest import toy_recipe
 
 from raylp import __version__
 from raylp.cli import main
+from raylp.cluster import MIN_LOGICAL_CPUS, cores
 from raylp.recipe import load_recipe
-from raylp.submit import _from_here
+from raylp.submit import ORIGIN, _from_here, lasting
 
 ROOT = Path(__file__).parent.parent
 VERBS = [
@@ -115,6 +116,44 @@ def test_a_jobs_run_directory_is_the_submitters(recipe: Path, tmp_path: Path) ->
     assert told(*near) == [f"run_dir={tmp_path}/runs/a", f"cache={tmp_path}/runs/cache"]
     assert told("run_dir=~/runs/a") == [f"run_dir={Path.home()}/runs/a"]
     assert told("run_dir=/shared/a") == told("run_dir=s3://bucket/a") == []
+
+
+def test_a_job_reads_its_text_where_that_lasts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy_data: dict[str, Path]
+) -> None:
+    """In the directory that was submitted, if it is seen from the job and holds the same text."""
+    content = {"model": "a/b", "data": {"xx-yy": {"test": "test.jsonl"}}, "evaluate": {}, "run_dir": "runs/x"}
+    for place in ("sent", "copy"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "r.yaml").write_text(yaml.safe_dump(content))
+        (tmp_path / place / "test.jsonl").write_bytes(toy_data["test"].read_bytes())
+    monkeypatch.chdir(tmp_path / "copy")
+    assert lasting("r.yaml", []) == "r.yaml"  # not a job of raylp submit
+    monkeypatch.setenv(ORIGIN, str(tmp_path / "elsewhere"))
+    assert lasting("r.yaml", []) == "r.yaml"
+    monkeypatch.setenv(ORIGIN, str(tmp_path / "sent"))
+    assert lasting("r.yaml", []) == str(tmp_path / "sent" / "r.yaml")
+    with (tmp_path / "sent" / "test.jsonl").open("a") as file:
+        file.write('{"id": "more", "source": "a", "target": "b"}\n')
+    assert lasting("r.yaml", []) == "r.yaml"
+    assert lasting("r.yaml", ["data.xx-yy.test=none.jsonl"]) == "r.yaml"
+
+
+def test_too_few_cpus_are_told_before_the_first_stage(recipe: Path, tmp_path: Path) -> None:
+    """For what comes last, and before a Ray is started."""
+    sets = ["bench.models=[baseline, pruned]", "serve.cpus=8000"]
+    done = subprocess.run(
+        [sys.executable, "-m", "raylp", "run", str(recipe), *(part for one in sets for part in ("--set", one))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    there = max(MIN_LOGICAL_CPUS, cores())
+    said = f"serving baseline, pruned for bench needs 16000.5 CPUs, the Ray cluster has {there}: "
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") <= 3, done.stderr
+    assert "raise resources.cpus" in done.stderr
+    assert not (tmp_path / "run" / "plan.json").exists() and not (tmp_path / "run" / "lock.json").exists()
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:

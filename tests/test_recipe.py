@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from raylp.errors import UserError
-from raylp.recipe import binding, differences, dump_recipe, load_recipe, parse_recipe
+from raylp.recipe import Recipe, binding, differences, dump_recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 GOOD = {"model": "a/b", "data": {"en-de": {"test": "t.tsv"}}, "search": {"remove": 3}, "run_dir": "runs/x"}
@@ -41,6 +41,17 @@ def test_what_is_wrong_is_named(change: dict, said: str) -> None:
         parse_recipe({**GOOD, **change}, "my.yaml")
     assert said in str(error.value) and str(error.value).startswith("my.yaml: ")
     assert "\n" not in str(error.value)
+
+
+def test_where_a_file_lies_makes_no_other_recipe(tmp_path: Path) -> None:
+    def lying(place: str, test: str, model: str = "./m") -> Recipe:
+        corpus = {"test": ["a.en", test], "search": "s.tsv", "limit": {"test": 8}}
+        content = {**GOOD, "model": model, "data": {"en-de": corpus}}
+        return parse_recipe(content, base=tmp_path / place)
+
+    assert differences(lying("copy", "b.de"), lying("original", "b.de")) == []
+    assert [key for key, _, _ in differences(lying("a", "b.de"), lying("a", "c.de"))] == ["data.en-de.test"]
+    assert [key for key, _, _ in differences(lying("a", "b.de"), lying("a", "b.de", "hub/m"))] == ["model.name"]
 
 
 def test_missing_keys() -> None:

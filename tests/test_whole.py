@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import toy
+import yaml
 
 from raylp.cluster import use_token
 from raylp.serve.slo import LEAST
@@ -117,6 +118,39 @@ def job(
 
 def read(run_dir: Path, name: str) -> dict:
     return json.loads((run_dir / name).read_text())
+
+
+def test_a_job_goes_on_with_what_was_begun_here(
+    cluster_address: str, toy_checkpoint: Path, toy_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """With text beside the recipe, of which a job has a copy; sent by raylp submit, and by Ray's own command."""
+    project, run_dir = tmp_path / "project", tmp_path / "run"
+    (project / "jobs").mkdir(parents=True)
+    for file in (ROOT / "jobs" / "run.py", toy_data["test"]):
+        (project / ("jobs" if file.suffix == ".py" else "") / file.name).write_bytes(file.read_bytes())
+    content = {
+        "model": str(toy_checkpoint),
+        "data": {"xx-yy": {"test": toy_data["test"].name, "limit": {"test": 8}}},
+        "prompt": {"template": toy.TOY_TEMPLATE},
+        "evaluate": {},
+        "run_dir": str(run_dir),
+    }
+    (project / "toy.yaml").write_text(yaml.safe_dump(content))
+
+    def said(*command: str) -> str:
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    raylp = (sys.executable, "-m", "raylp")
+    assert "done before" not in said(*raylp, "run", "toy.yaml")
+    recipe = (run_dir / "recipe.yaml").read_text()
+    there = ("--address", cluster_address)
+    assert "evaluate: done before" in said(*raylp, "submit", "toy.yaml", *there, "--python", sys.executable)
+    assert (run_dir / "recipe.yaml").read_text() == recipe
+    use_token()
+    job = ("job", "submit", *there, "--working-dir", ".", "--", sys.executable, "jobs/run.py", "toy.yaml")
+    assert "evaluate: done before" in said(str(Path(sys.executable).parent / "ray"), *job)
 
 
 def test_every_stage_was_run(job: tuple[Path, str]) -> None:

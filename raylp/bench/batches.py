@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from raylp import cluster
+from raylp.bench.config import RESIDENT_CPUS
 from raylp.bench.load import Load, Measurement
 from raylp.bench.meters import EnergyMeter, MemoryMeter
 from raylp.errors import UserError
@@ -17,7 +18,6 @@ from raylp.generate.base import NEVER, Request
 from raylp.generate.pool import START_S, Worker
 
 GONE_S = 30.0
-CPUS = 0.5  # that a resident model claims of the cluster: they take turns, each with all cores
 
 
 class BatchWorker(Worker):
@@ -70,8 +70,8 @@ def resident(models: Sequence[str], gpus: float, newline: bool, log: Path, most:
     """
     import ray
 
-    cluster.require(f"holding {len(models)} models for bench.batches", CPUS * len(models), gpus * len(models))
-    options = {"num_cpus": CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": cluster.worker_env()}}
+    cluster.require(f"holding {len(models)} models for bench.batches", RESIDENT_CPUS * len(models), gpus * len(models))
+    options = {"num_cpus": RESIDENT_CPUS, "num_gpus": gpus, "runtime_env": {"env_vars": cluster.worker_env()}}
     actor = ray.remote(BatchWorker).options(**options)
     workers = {name: actor.remote(cluster.cores(), newline, str(log), most) for name in models}
     try:

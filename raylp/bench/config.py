@@ -12,6 +12,7 @@ Metric = Literal["output_tokens_per_s", "requests_per_s", "ttft_ms", "tpot_ms", 
 
 
 ENOUGH_REPEATS = 5
+RESIDENT_CPUS = 0.5  # that a model held for batches claims of the cluster: they take turns, each with all cores
 
 
 class Bench(Section):

@@ -128,6 +128,11 @@ class Distill(Section):
         return self.teacher != "base" and self.endpoint is None
 
     @property
+    def num_cpus(self) -> int:
+        """Logical CPUs it asks for: one for each engine, and one between Ray Data's other stages."""
+        return self.engines + 1
+
+    @property
     def heat(self) -> float:
         """The temperature."""
         return self.temperature if self.temperature is not None else (0.0 if self.samples == 1 else 0.7)

@@ -154,7 +154,7 @@ def engine_dtype(config: Distill, resources: Resources) -> str:
     """As the recipe says; if that is auto, bfloat16, or float32 on a CPU of this machine that is slow with it."""
     if config.dtype != "auto":
         return config.dtype
-    is_here = not (resources.address or os.environ.get("RAY_ADDRESS"))
+    is_here = cluster.address_of(resources) is None
     return "float32" if is_here and not cluster.num_gpus() and not machine.computes_bfloat16() else "bfloat16"
 
 
@@ -239,8 +239,7 @@ def _translate(context: Context, config: Distill, teacher: Teacher, pairs: Seque
         task.update(len(parts.done) - len(missing), "starting Ray")
         cluster.start(context.recipe.resources)
         gpus = 0 if config.endpoint else _gpus(config)
-        # One CPU for each engine, and one between Ray Data's other stages.
-        cluster.require(f"distill with {config.engines} engines", config.engines + 1, gpus)
+        cluster.require(f"distill with {config.engines} engines", config.num_cpus, gpus)
         size = config.batch_size
         batches = [missing[start : start + size].tolist() for start in range(0, len(missing), size)]
         mean_words = sum(len(pair.source.split()) for pair in pairs) / len(pairs)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import re
 import sys
 import tempfile
@@ -71,7 +70,7 @@ def check(context: Context) -> None:
         UserError: a scheme needs a GPU, an environment or a data type that is not there, or the layers do not divide.
     """
     section, recipe = _section(context), context.recipe
-    far = recipe.resources.address or os.environ.get("RAY_ADDRESS")  # a cluster, whose GPUs are not seen from here
+    far = cluster.address_of(recipe.resources)  # a cluster, whose GPUs are not seen from here
     on_cpu = not far and not cluster.num_gpus()
     for name in section.schemes:
         scheme = SCHEMES[name]

@@ -8,6 +8,8 @@ from raylp.config import Section
 from raylp.errors import UserError
 from raylp.serve.slo import read_objective
 
+INGRESS_CPUS = 0.5  # of the process before the engines, of which there is one
+
 
 class Serve(Section):
     """`models`: names of models of the run, or all of them. The endpoint listens on `host`:`port` (0: any free one).
@@ -44,6 +46,10 @@ class Serve(Section):
     max_sentences: int = Field(256, ge=1)
     api_keys: str | None = None
     slo: str | None = None
+
+    def num_cpus(self, models: int) -> float:
+        """Logical CPUs of an endpoint with so many models."""
+        return models * self.replicas * self.cpus + INGRESS_CPUS
 
     @model_validator(mode="after")
     def _limits(self) -> "Serve":

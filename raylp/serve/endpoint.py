@@ -37,7 +37,7 @@ from raylp.models.files import may_think
 from raylp.models.load import max_positions, read_config
 from raylp.names import choose_models
 from raylp.quantize.engines import run_by, weights_bytes
-from raylp.serve.config import Serve
+from raylp.serve.config import INGRESS_CPUS, Serve
 from raylp.serve.gate import key_hash, read_keys
 
 APP = "raylp"
@@ -46,7 +46,6 @@ HOLDER = "raylp-endpoint"
 MARK = "VLLM_LOGGING_CONFIG_PATH"  # in the environment of every process of an engine, another for each model
 BEAT_S = 2.0
 LOOK_S = 10.0
-INGRESS_CPUS = 0.5
 PORT_PATIENCE_S = 5.0  # an endpoint whose driver was killed lets go of its port after about two seconds
 # Measured with vLLM 0.29 on a CPU: the replica and its engine are two processes with torch and vllm in each, which hold
 # tokenizers and logits besides (a model with 500 tokens takes 1.2 GB without weights and cache, one with 262144 takes
@@ -126,7 +125,7 @@ def endpoint(
         UserError: the port is taken, CPUs, GPUs or memory are too few, or an engine does not start in time.
     """
     config = context.recipe.serve
-    if not (context.recipe.resources.address or os.environ.get("RAY_ADDRESS")):
+    if cluster.address_of(context.recipe.resources) is None:
         free_port(config.host, config.port)  # no Ray is started for nothing
     cluster.start(context.recipe.resources)
     with nullcontext() if cluster.is_own() else _held(f"{context.rundir.root}, process {os.getpid()}"):
@@ -151,7 +150,7 @@ def _running(context: Context, models: Mapping[str, Path], on_progress: Callable
             f"{what}: the endpoint is on the cluster's head node, and this is another: start it there, or with "
             f"raylp submit"
         )
-    cluster.require(what, engines * config.cpus + INGRESS_CPUS, engines * gpus * config.tensor_parallel)
+    cluster.require(what, config.num_cpus(len(models)), engines * gpus * config.tensor_parallel)
     if gpus == 0 and cluster.num_nodes() == 1:
         most = config.max_replicas or config.replicas
         weights = [most * weights_bytes(path, dtype) for path in models.values()]
