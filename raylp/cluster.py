@@ -157,7 +157,7 @@ def require_early(resources: "Resources", asks: "Sequence[Ask]") -> None:
         return
     import ray
 
-    if own := address_of(resources) is None and not ray.is_initialized():
+    if own := address_of(resources) is None and (is_own() or not ray.is_initialized()):
         total = _of_its_own(resources)
     else:
         start(resources)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -313,8 +314,10 @@ def run(
     rundir = context.rundir
     rundir.check_writable(needed_disk(context))
     with rundir.lock():
-        check_same_recipe(rundir, recipe)
-        rundir.write_text("recipe.yaml", dump_recipe(recipe))
+        old = check_same_recipe(rundir, recipe)
+        # The places named first stay named: those of a job's copy do not last.
+        data = old.data if old is not None and all(map(os.path.isfile, old.data_files())) else recipe.data
+        rundir.write_text("recipe.yaml", dump_recipe(recipe.model_copy(update={"data": data})))
         manifest = open_manifest(context)
         prints = fingerprints(context)
 
@@ -323,7 +326,9 @@ def run(
             return done and done["fingerprint"] == prints[stage.name] and outputs_there(context, stage.name)
 
         stages = [stage for stage in wanted_stages(recipe) if only in (None, stage.name)]
-        to_do = [stage.name for stage in stages if asks(recipe, [stage.name]) and not is_done(stage)]
+        # What was begun, or is to be taken over, may have all it needs.
+        begun = {"distill": bool(recipe.cache or rundir.names("distill")), "bench": bool(rundir.names("bench"))}
+        to_do = [s.name for s in stages if asks(recipe, [s.name]) and not begun.get(s.name) and not is_done(s)]
         cluster.require_early(recipe.resources, asks(recipe, to_do))
         for stage in stages:
             _check_needs(recipe, stage, manifest, prints)
@@ -387,14 +392,15 @@ def outputs_there(context: Context, stage: str) -> bool:
     return rundir.complete("distill") if stage == "distill" else rundir.exists(files[stage])
 
 
-def check_same_recipe(rundir: RunDir, recipe: Recipe) -> None:
-    """A run directory belongs to one recipe; only resources, serve, bench, cache and `FREE_KEYS` may change.
+def check_same_recipe(rundir: RunDir, recipe: Recipe) -> Recipe | None:
+    """A run directory belongs to one recipe; only resources, serve, bench, cache and `FREE_KEYS` may change, and the
+    place of data files. Returns the recipe so far.
 
     Raises:
         UserError: with the keys, old and new values.
     """
     if not rundir.exists("recipe.yaml"):
-        return
+        return None
     old = parse_recipe(yaml.safe_load(rundir.read_text("recipe.yaml")), rundir.uri("recipe.yaml"))
     changed = differences(old, recipe)
     if changed:
@@ -403,6 +409,7 @@ def check_same_recipe(rundir: RunDir, recipe: Recipe) -> None:
         raise UserError(
             f"run directory {rundir.url} is of another recipe: {told}{more}; use another run_dir (--set run_dir=...)"
         )
+    return old
 
 
 def fingerprints(context: Context) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """A recipe: one YAML file that says what a run is. Read whole and checked whole before anything starts."""
 
 import difflib
+import filecmp
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -265,23 +267,26 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """Keys outside the free sections whose values differ: (key, old, new).
-
-    Where a data file or the model's directory lies is no difference, as what a stage reads is compared by content: a
-    job's copy of the project, with what lies beside the recipe, is in another place each time Ray is started.
+    """Keys outside the free sections whose values differ: (key, old, new). Data files that only lie elsewhere now are
+    no difference: a job's copy of the project, with the text beside the recipe, is in another place for each Ray.
     """
     before, after = (flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
     keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS]
     pairs = [(key, before.get(key), after.get(key)) for key in keys]
-    return [(key, was, now) for key, was, now in pairs if not same(_file_name(key, was), _file_name(key, now))]
+    return [(key, was, now) for key, was, now in pairs if not same(was, now) and not _only_moved(key, was, now)]
 
 
-def _file_name(key: str, value: Any) -> Any:
-    """`value` without the directory, where `key` names files, of data or of a model on this machine."""
-    if isinstance(value, list):
-        return [_file_name(key, part) for part in value]
-    names_file = key == "model.name" or (key.startswith("data.") and key.rpartition(".")[2] in CORPUS_FILES)
-    return Path(value).name if names_file and isinstance(value, str) and Path(value).is_absolute() else value
+def _only_moved(key: str, was: Any, now: Any) -> bool:
+    """Whether `key` names the same data files: by name, and by what is in them where the old ones are still there."""
+    if not key.startswith("data.") or key.rpartition(".")[2] not in CORPUS_FILES:
+        return False
+    old, new = ([files] if isinstance(files, str) else files for files in (was, now))
+    if not isinstance(old, list) or not isinstance(new, list) or len(old) != len(new):
+        return False
+    return all(
+        Path(a).name == Path(b).name and (not os.path.isfile(a) or (os.path.isfile(b) and filecmp.cmp(a, b, False)))
+        for a, b in zip(old, new, strict=True)
+    )
 
 
 def binding(recipe: Recipe) -> dict[str, Any]:

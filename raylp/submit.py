@@ -97,15 +97,18 @@ def lasting(recipe: str, overrides: Sequence[str]) -> str:
     """In a job: the recipe in the directory that was submitted, if this machine sees that, and recipe and data there
     are those of the job's copy. Ray throws the copy away, and a run directory names the text it was made with.
     """
-    there = Path(os.environ.get(ORIGIN, ""), recipe)
-    if not there.is_absolute() or not there.is_file():
+    there = os.path.join(os.environ.get(ORIGIN, ""), recipe)
+    if not os.path.isabs(there) or not os.path.isfile(there):
         return recipe
     try:
-        copied, kept = ([place, *load_recipe(place, list(overrides)).data_files()] for place in (recipe, str(there)))
-        same = all(filecmp.cmp(*pair, False) for pair in zip(copied, kept, strict=True))
+        copied, kept = (load_recipe(place, list(overrides)) for place in (recipe, there))
+        pairs = zip(copied.data_files(), kept.data_files(), strict=True)
+        same = all(filecmp.cmp(*pair, False) for pair in ((recipe, there), *pairs))
     except (UserError, OSError, ValueError):
         return recipe
-    return str(there) if same else recipe
+    # A model or a metric beside the recipe came along in the copy, and may be another there.
+    moved = kept.model_copy(update={"data": copied.data}) != copied
+    return there if same and not moved else recipe
 
 
 def _from_here(recipe: Recipe, root: Path) -> list[str]:

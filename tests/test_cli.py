@@ -133,6 +133,7 @@ def test_a_job_reads_its_text_where_that_lasts(
     assert lasting("r.yaml", []) == "r.yaml"
     monkeypatch.setenv(ORIGIN, str(tmp_path / "sent"))
     assert lasting("r.yaml", []) == str(tmp_path / "sent" / "r.yaml")
+    assert lasting("r.yaml", ["model=./m"]) == "r.yaml"  # which came along
     with (tmp_path / "sent" / "test.jsonl").open("a") as file:
         file.write('{"id": "more", "source": "a", "target": "b"}\n')
     assert lasting("r.yaml", []) == "r.yaml"

@@ -38,6 +38,12 @@ try:
     cluster.require_early(Resources(cpus=64), [Ask("fits", 1), Ask("it", 2)])
 except cluster.UserError as error:
     print("early:", error)
+ray.shutdown()
+try:
+    cluster.require_early(Resources(cpus=64), [Ask("fits", 64, 4), Ask("it", 65)])
+except cluster.UserError as error:
+    print("early, no Ray:", error)
+print("still none:", not ray.is_initialized())
 """
 
 
@@ -50,6 +56,9 @@ def test_only_its_own_ray_is_made_anew() -> None:
         "more CPUs",
         "early: it needs 2 CPUs, the Ray cluster has 1: lower the number of workers, engines or models, or use a "
         "cluster with more CPUs",
+        "early, no Ray: it needs 65 CPUs, the Ray cluster has 64: lower the number of workers, engines or models, or "
+        "raise resources.cpus (it may exceed the cores)",
+        "still none: True",
     ], done.stderr
 
 
@@ -75,7 +84,9 @@ def test_what_stages_ask_is_known_from_the_recipe() -> None:
         Ask("holding 3 models for bench.batches", 1.5),
     ]
     few = parse_recipe({**content, "resources": {"workers": 5}, "heal": {"when": "before"}, "bench": {"batches": []}})
-    assert asks(few, ["search", "evaluate"]) == [Ask("resources.workers: 5", 5)]
+    assert asks(few, ["search"]) == asks(few, ["search", "evaluate"]) == [Ask("resources.workers: 5", 5)]
+    given = parse_recipe({**content, "resources": {"workers": 5}, "search": {"given": [3, 4]}})
+    assert asks(given, ["search"]) == []
     assert to_measure(few) == ("baseline", "pruned", "pruned-w8a8", "pruned-nf4")
     named = parse_recipe({**content, "bench": {"models": ["healed-14", "healed-14-nf4"], "concurrency": [1]}})
     assert asks(named, ["bench"]) == [Ask("serving healed-14 for bench", 4.5)]

@@ -43,15 +43,25 @@ def test_what_is_wrong_is_named(change: dict, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_where_a_file_lies_makes_no_other_recipe(tmp_path: Path) -> None:
-    def lying(place: str, test: str, model: str = "./m") -> Recipe:
-        corpus = {"test": ["a.en", test], "search": "s.tsv", "limit": {"test": 8}}
-        content = {**GOOD, "model": model, "data": {"en-de": corpus}}
-        return parse_recipe(content, base=tmp_path / place)
+def test_where_text_lies_makes_no_other_recipe(tmp_path: Path) -> None:
+    """As long as it is the same text, or the old is gone and cannot be compared (stages that are done compare it)."""
+    for place in ("first", "copy"):
+        (tmp_path / place).mkdir()
+        for name in ("a.en", "b.de", "c.de"):
+            (tmp_path / place / name).write_text(name)
 
-    assert differences(lying("copy", "b.de"), lying("original", "b.de")) == []
-    assert [key for key, _, _ in differences(lying("a", "b.de"), lying("a", "c.de"))] == ["data.en-de.test"]
-    assert [key for key, _, _ in differences(lying("a", "b.de"), lying("a", "b.de", "hub/m"))] == ["model.name"]
+    def lying(place: str, test: str = "b.de", model: str = "a/b") -> Recipe:
+        corpus = {"test": ["a.en", test], "search": "s.tsv", "limit": {"test": 8}}
+        return parse_recipe({**GOOD, "model": model, "data": {"en-de": corpus}}, base=tmp_path / place)
+
+    def differing(old: Recipe, new: Recipe) -> list[str]:
+        return [key for key, _, _ in differences(old, new)]
+
+    assert differing(lying("first"), lying("copy")) == differing(lying("gone"), lying("copy")) == []
+    assert differing(lying("first"), lying("first", "c.de")) == ["data.en-de.test"]
+    assert differing(lying("first"), lying("first", model="/models/b")) == ["model.name"]
+    (tmp_path / "copy" / "b.de").write_text("another")
+    assert differing(lying("first"), lying("copy")) == ["data.en-de.test"]
 
 
 def test_missing_keys() -> None:

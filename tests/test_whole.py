@@ -137,9 +137,9 @@ def test_a_job_goes_on_with_what_was_begun_here(
     }
     (project / "toy.yaml").write_text(yaml.safe_dump(content))
 
-    def said(*command: str) -> str:
+    def said(*command: str, code: int = 0) -> str:
         done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert done.returncode == code, done.stdout[-4000:] + done.stderr[-2000:]
         return done.stdout + done.stderr
 
     raylp = (sys.executable, "-m", "raylp")
@@ -151,6 +151,13 @@ def test_a_job_goes_on_with_what_was_begun_here(
     use_token()
     job = ("job", "submit", *there, "--working-dir", ".", "--", sys.executable, "jobs/run.py", "toy.yaml")
     assert "evaluate: done before" in said(str(Path(sys.executable).parent / "ray"), *job)
+    assert (run_dir / "recipe.yaml").read_text() == recipe
+    # What is done asks nothing of the cluster any more, and is not done on other text.
+    more = ("--set", "resources.workers=4000")
+    assert "evaluate: done before" in said(*raylp, "run", "toy.yaml", *more)
+    lines = (project / toy_data["test"].name).read_text().splitlines()
+    (project / toy_data["test"].name).write_text("\n".join(reversed(lines)))
+    assert "evaluate was done on other inputs" in said(*raylp, "run", "toy.yaml", code=2)
 
 
 def test_every_stage_was_run(job: tuple[Path, str]) -> None:
