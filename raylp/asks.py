@@ -20,9 +20,9 @@ def asks(recipe: Recipe, stages: Iterable[str]) -> list[Ask]:
     """What the named stages ask for at the least, each once, in their order."""
     found: list[Ask] = []
     for stage in stages:
-        workers = recipe.resources.workers
-        if stage in ("search", "evaluate") and workers != "auto":
-            found += [Ask(f"resources.workers: {workers}", workers)] if stage == "evaluate" or _scores(recipe) else []
+        if stage == "evaluate" or (stage == "search" and _scores(recipe)):
+            if (workers := recipe.resources.workers) != "auto":
+                found.append(Ask(f"resources.workers: {workers}", workers))
         elif stage == "distill" and (distill := recipe.distill) is not None:
             gpus = 0 if distill.endpoint else distill.engines * distill.gpus_per_engine
             found.append(Ask(f"distill with {distill.engines} engines", distill.num_cpus, gpus))

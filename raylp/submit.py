@@ -10,7 +10,7 @@ from typing import TextIO
 
 from raylp import cluster
 from raylp.errors import UserError
-from raylp.recipe import Recipe, load_recipe
+from raylp.recipe import Recipe, differences, load_recipe
 
 POLL_S = 1.0
 ORIGIN = "RAYLP_SUBMITTED_FROM"  # in a job's environment: the directory that it runs in a copy of
@@ -102,13 +102,12 @@ def lasting(recipe: str, overrides: Sequence[str]) -> str:
         return recipe
     try:
         copied, kept = (load_recipe(place, list(overrides)) for place in (recipe, there))
-        pairs = zip(copied.data_files(), kept.data_files(), strict=True)
-        same = all(filecmp.cmp(*pair, False) for pair in ((recipe, there), *pairs))
-    except (UserError, OSError, ValueError):
+        came = all(map(os.path.isfile, copied.data_files()))
+        # A model or a metric beside the recipe is among the differences: it came along, and may be another there.
+        same = came and filecmp.cmp(recipe, there, False) and not differences(copied, kept)
+    except (UserError, OSError):
         return recipe
-    # A model or a metric beside the recipe came along in the copy, and may be another there.
-    moved = kept.model_copy(update={"data": copied.data}) != copied
-    return there if same and not moved else recipe
+    return there if same else recipe
 
 
 def _from_here(recipe: Recipe, root: Path) -> list[str]:
